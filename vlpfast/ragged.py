@@ -1,0 +1,112 @@
+"""Ragged: sequences of different lengths packed end to end, the form in which text travels through
+the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """B sequences packed along the first dimension.
+
+    Attributes:
+        values (T, ...): the tokens of all sequences, end to end.
+        cu_seqlens (B + 1,): int32 offsets, `values[cu_seqlens[b]:cu_seqlens[b + 1]]` is sequence b.
+        max_len: host-side upper bound of the lengths, so that nothing downstream waits for the
+            device.
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    max_len: int
+
+    @classmethod
+    def from_lists(
+        cls, sequences: Sequence[Sequence[int]], device: torch.device | str | None = None
+    ) -> Ragged:
+        """Packs Python sequences of token ids (int64 values)."""
+        lens = torch.tensor([0, *(len(s) for s in sequences)])
+        values = torch.tensor(
+            [token for s in sequences for token in s], dtype=torch.int64, device=device
+        )
+        return cls(values, lens.cumsum(0).to(device=device, dtype=torch.int32), int(lens.max()))
+
+    @classmethod
+    def from_padded(cls, padded: Tensor, lens: Tensor) -> Ragged:
+        """Packs `padded` (B, L, ...), whose row b holds `lens[b]` valid tokens first."""
+        valid = torch.arange(padded.shape[1], device=padded.device) < lens[:, None]
+        cu_seqlens = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
+        return cls(padded[valid], cu_seqlens, padded.shape[1])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Ragged]) -> Ragged:
+        """The sequences of all parts, one after the other."""
+        offsets, base = [parts[0].cu_seqlens], parts[0].cu_seqlens[-1]
+        for part in parts[1:]:
+            offsets.append(part.cu_seqlens[1:] + base)
+            base = base + part.cu_seqlens[-1]
+        return cls(
+            torch.cat([p.values for p in parts]), torch.cat(offsets), max(p.max_len for p in parts)
+        )
+
+    def __len__(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def lens(self) -> Tensor:
+        """(B,) int32: length of each sequence."""
+        return self.cu_seqlens.diff()
+
+    def with_values(self, values: Tensor) -> Ragged:
+        """The same sequences with other per-token values (T, ...)."""
+        return replace(self, values=values)
+
+    def to(self, *args, **kwargs) -> Ragged:
+        """`Tensor.to` for values and offsets; a dtype applies to values only."""
+        values = self.values.to(*args, **kwargs)
+        return replace(self, values=values, cu_seqlens=self.cu_seqlens.to(values.device))
+
+    def row_ids(self) -> Tensor:
+        """(T,) int64: the sequence each token belongs to."""
+        rows = torch.arange(len(self), device=self.cu_seqlens.device)
+        return rows.repeat_interleave(self.lens, output_size=self.values.shape[0])
+
+    def positions(self) -> Tensor:
+        """(T,) int64: place of each token in its sequence, from 0."""
+        return (
+            torch.arange(self.values.shape[0], device=self.values.device)
+            - self.cu_seqlens.long()[self.row_ids()]
+        )
+
+    def first(self) -> Tensor:
+        """(B,) int64: packed index of each sequence's first token."""
+        return self.cu_seqlens[:-1].long()
+
+    def last(self) -> Tensor:
+        """(B,) int64: packed index of each sequence's last token."""
+        return self.cu_seqlens[1:].long() - 1
+
+    def token_ids_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed indices of the tokens of sequences `rows` (R,), and offsets (R + 1,) int32."""
+        lens = self.lens[rows]
+        cu_seqlens = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
+        shift = (self.cu_seqlens[rows] - cu_seqlens[:-1]).long().repeat_interleave(lens)
+        return torch.arange(shift.shape[0], device=shift.device) + shift, cu_seqlens
+
+    def select(self, rows: Tensor) -> Ragged:
+        """Sequences `rows` (R,) int64, in that order; a sequence may be taken several times."""
+        token_ids, cu_seqlens = self.token_ids_of(rows)
+        return Ragged(self.values[token_ids], cu_seqlens, self.max_len)
+
+    def pad(self, value: float = 0) -> tuple[Tensor, Tensor]:
+        """(B, max_len, ...) values padded with `value`, and (B, max_len) bool, True on tokens."""
+        valid = torch.arange(self.max_len, device=self.values.device) < self.lens[:, None]
+        padded = self.values.new_full((len(self), self.max_len, *self.values.shape[1:]), value)
+        padded[valid] = self.values
+        return padded, valid
