@@ -1,0 +1,156 @@
+"""residual_norm: the sum, both norms, and dropout by counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlpfast.ops.reference.counter import draw, keep_mask, stream
+from vlpfast.ops.residual_norm import residual_norm
+from vlpfast.testing import assert_compiles, assert_within_budget, with_gradients
+
+KINDS = ["layer", "rms"]
+# One element, a prime, an odd width, more than two dimensions, no rows.
+SHAPES = [(1, 1), (7, 13), (2, 3, 5), (4, 64), (0, 8)]
+
+
+def build(shape, dtype=torch.float64):
+    """[x, residual, weight, bias]."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [shape, shape, shape[-1:], shape[-1:]]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+def definition(x, residual, weight, bias, kind, eps):
+    """Spelled out with means."""
+    s = x + residual
+    if kind == "layer":
+        s = s - s.mean(-1, keepdim=True)
+    normed = s / (s.square().mean(-1, keepdim=True) + eps).sqrt()
+    return normed * weight + bias, x + residual
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_definition(kind, shape):
+    inputs = build(shape)
+    grads = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
+    actual = with_gradients(lambda *a: residual_norm(*a, kind=kind, eps=1e-3), inputs, grads)
+    expected = with_gradients(lambda *a: definition(*a, kind, 1e-3), inputs, grads)
+    for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_within_budget(kind, dtype, device):
+    inputs = [x.to(device) for x in build((7, 13), dtype)]
+    function = lambda *a: residual_norm(*a, kind=kind)
+    actual = with_gradients(function, inputs)
+    eager = with_gradients(lambda *a: definition(*a, kind, 1e-6), inputs)
+    truth = with_gradients(lambda *a: definition(*a, kind, 1e-6), [x.double() for x in inputs])
+    flat = [[*outs, *grads] for outs, grads in (actual, truth, eager)]
+    for i, (a, t, e) in enumerate(zip(*flat, strict=True)):
+        assert_within_budget(a, t, e, name=str(i))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_gradcheck(kind, dropout_p):
+    function = lambda *a: residual_norm(*a, kind=kind, dropout_p=dropout_p, seed=3)
+    torch.autograd.gradcheck(function, [x.requires_grad_() for x in build((3, 4))])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_optional_parts(kind):
+    x, residual, weight, bias = build((3, 8))
+    zero, one = torch.zeros(8).double(), torch.ones(8).double()
+    full = residual_norm(x, torch.zeros_like(x), one, zero, kind=kind)
+    for a, b in zip(residual_norm(x, kind=kind), full, strict=True):
+        torch.testing.assert_close(a, b)
+    normed = residual_norm(x, residual, weight, kind=kind).normed
+    torch.testing.assert_close(
+        residual_norm(x, residual, weight, bias, kind=kind).normed, normed + bias
+    )
+
+
+def test_dropout_is_keyed_by_row_and_column():
+    x = torch.rand(6, 5) + 1
+    kept = residual_norm(x, dropout_p=0.4, seed=2**40 + 9).residual
+    keep = keep_mask(draw(stream(2**40 + 9, torch.arange(6))[:, None], torch.arange(5)), 0.4)
+    torch.testing.assert_close(kept, torch.where(keep, x / 0.6, 0))
+    folded = residual_norm(x.view(2, 3, 5), dropout_p=0.4, seed=torch.tensor(2**40 + 9)).residual
+    assert torch.equal(folded.view(6, 5), kept)
+    first_rows = residual_norm(x[:2], dropout_p=0.4, seed=2**40 + 9).residual
+    assert torch.equal(first_rows, kept[:2])
+
+
+def test_dropout_leaves_the_residual_alone():
+    x, residual, *_ = build((4, 9))
+    dropped = residual_norm(x, dropout_p=0.5, seed=1).residual
+    assert torch.equal(
+        residual_norm(x, residual, dropout_p=0.5, seed=1).residual, residual + dropped
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**63 - 1), dropout_p=st.floats(0.05, 0.95))
+def test_dropout_keeps_the_mean(seed, dropout_p):
+    out = residual_norm(torch.ones(128, 128), dropout_p=dropout_p, seed=seed).residual
+    # 16,384 draws; 5 standard errors.
+    bound = 5 * (dropout_p / (1 - dropout_p) / 16384) ** 0.5
+    assert abs(out.mean() - 1) < bound
+    assert not torch.equal(
+        out, residual_norm(torch.ones(128, 128), dropout_p=dropout_p, seed=seed ^ 1).residual
+    )
+
+
+def test_wide_residual_stream():
+    """bf16 branches beside an fp32 residual: the sum keeps fp32, the next layer reads bf16."""
+    x, residual = torch.full((2, 4), 2.0**-10).bfloat16(), torch.ones(2, 4)
+    out = residual_norm(x, residual)
+    assert out.normed.dtype == torch.bfloat16
+    assert torch.equal(out.residual, torch.full((2, 4), 1 + 2.0**-10))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_rows(kind):
+    x = torch.tensor([[1e18, -1e18, 1e18, -1e18], [0.0, 0.0, 0.0, 0.0]])
+    normed = residual_norm(x, kind=kind).normed
+    torch.testing.assert_close(normed, torch.tensor([[1.0, -1, 1, -1], [0, 0, 0, 0]]))
+
+
+def test_non_contiguous_repeatable_unmutated():
+    x, residual = torch.randn(5, 2, 6).unbind(1)
+    before = x.clone()
+    run = lambda a: residual_norm(a, residual, dropout_p=0.2, seed=4)
+    for a, b, c in zip(run(x), run(x), run(x.contiguous()), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles(kind):
+    inputs = [x.requires_grad_() for x in build((3, 8), torch.float32)]
+    assert_compiles(lambda *a: residual_norm(*a, kind=kind, dropout_p=0.3, seed=5), *inputs)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "change"),
+    [
+        (ValueError, r"residual must be \(2, 4\).*got \(2, 1\)", {"residual": torch.zeros(2, 1)}),
+        (ValueError, r"weight must be \(4,\), got \(2,\)", {"weight": torch.zeros(2)}),
+        (ValueError, r"bias must be \(4,\), got \(2,\)", {"bias": torch.zeros(2)}),
+        (ValueError, "kind must be", {"kind": "batch"}),
+        (ValueError, "dropout_p must be", {"dropout_p": -0.1, "seed": 0}),
+        (ValueError, "needs a seed", {"dropout_p": 0.1}),
+        (TypeError, "x must be floating", {"x": torch.zeros(2, 4, dtype=torch.int64)}),
+        (ValueError, "impl must be", {"impl": "magic"}),
+    ],
+)
+def test_bad_arguments(error, words, change):
+    with pytest.raises(error, match=words):
+        residual_norm(**{"x": torch.zeros(2, 4), **change})

@@ -1,0 +1,16 @@
+"""Bias, exact GELU and dropout: plain torch, nothing fused."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from vlpfast.ops.reference.residual_norm import dropout
+
+
+def bias_gelu(
+    x: Tensor, bias: Tensor | None, *, dropout_p: float, seed: int | Tensor | None
+) -> Tensor:
+    """`vlpfast.ops.bias_gelu`, same arguments."""
+    y = gelu(x if bias is None else x + bias)
+    return dropout(y.to(x.dtype), dropout_p, seed)
