@@ -1,0 +1,50 @@
+"""Peer libraries as oracles, imported where a plain import would not do."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+# What torchvision registers meta kernels for when it is imported.
+_TORCHVISION_OPS = (
+    "nms", "qnms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d",
+    "_roi_align_backward", "_roi_pool_backward", "_ps_roi_align_backward",
+    "_ps_roi_pool_backward", "_deform_conv2d_backward",
+)  # fmt: skip
+_registered: list[torch.library.Library] = []
+
+
+def open_clip() -> ModuleType:
+    """The whole of open_clip; skips the test where it or the torchvision it imports is missing.
+
+    No torchvision is built for the CPU build of torch used here. Its Python part is enough once
+    the names of its compiled operators exist.
+    """
+    if importlib.util.find_spec("open_clip") is None:
+        pytest.skip("open_clip is not installed")
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("open_clip's models need torchvision, which is not installed")
+    if not _registered:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in _TORCHVISION_OPS:
+            if not hasattr(torch.ops.torchvision, name):
+                library.define(f"{name}(Tensor x) -> Tensor")
+        _registered.append(library)
+    return importlib.import_module("open_clip")
+
+
+def open_clip_losses() -> ModuleType:
+    """open_clip's loss.py alone, which needs nothing but torch."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        pytest.skip("open_clip is not installed")
+    path = Path(package.submodule_search_locations[0]) / "loss.py"
+    spec = importlib.util.spec_from_file_location("open_clip_loss_alone", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
