@@ -1,0 +1,158 @@
+"""Scenes as WebDataset shards: PNG + JSON per sample, image pairs beside them.
+
+The same arguments give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from tqdm import trange
+
+from vlpfast.data.scenes.pairs import image_pair
+from vlpfast.data.scenes.render import render
+from vlpfast.data.scenes.space import HELD_OUT, SPLITS, Split, sample_scene
+from vlpfast.data.scenes.text import ANSWERS, record
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """PNG bytes of an (H, W, 3) uint8 image: rows as differences to the row above, zlib level 1."""
+    height, width, _ = image.shape
+    rows = image.reshape(height, width * 3)
+    filtered = np.empty((height, 1 + width * 3), dtype=np.uint8)
+    filtered[:, 0] = 2
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            _chunk(b"IHDR", header),
+            _chunk(b"IDAT", zlib.compress(filtered.tobytes(), 1)),
+            _chunk(b"IEND", b""),
+        ]
+    )
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    info.mode = 0o644
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_shards(
+    out: Path | str,
+    *,
+    num_samples: int,
+    split: Split = "train",
+    image_size: int = 64,
+    seed: int = 0,
+    num_pairs: int = 0,
+    samples_per_shard: int = 10_000,
+    progress: bool = True,
+) -> dict[str, object]:
+    """Writes samples 0 .. num_samples - 1 of a split to `out`/SPLIT-000000.tar, ...
+
+    A sample is NUMBER.png + NUMBER.json (`record`). Beside the shards: SPLIT.nlvr.jsonl with
+    `num_pairs` image pairs, and SPLIT.info.json, the returned summary. A shard appears under its
+    name only when it is complete.
+
+    Args:
+        out: folder, made if missing; its files of the same names are replaced.
+        num_samples: images.
+        split: "train", "val" or "heldout".
+        image_size: side of the square images, pixels.
+        seed: same seed, same set.
+        num_pairs: image pairs for NLVR.
+        samples_per_shard: images per tar.
+        progress: show a bar.
+    Returns: split, num_samples, num_pairs, image_size, seed, shards, num_duplicates (samples whose
+        description an earlier one has), held_out (combinations), answers (the VQA vocabulary).
+    """
+    for name, value in {"num_samples": num_samples, "samples_per_shard": samples_per_shard}.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(f"{split}-??????.tar"):
+        stale.unlink()
+    seen: set[int] = set()
+    shards = []
+    numbers = trange(num_samples, desc=f"scenes {split}", unit="img", disable=not progress)
+    steps = iter(numbers)
+    for shard, start in enumerate(range(0, num_samples, samples_per_shard)):
+        path = folder / f"{split}-{shard:06d}.tar"
+        partial = path.with_suffix(".tar.partial")
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for _ in range(min(samples_per_shard, num_samples - start)):
+                number = next(steps)
+                scene = sample_scene(seed, split, number)
+                seen.add(scene.image_id)
+                _add(tar, f"{number:09d}.png", encode_png(render(scene, image_size)))
+                _add(tar, f"{number:09d}.json", _json(record(scene)))
+        partial.replace(path)
+        shards.append(path.name)
+    next(steps, None)  # lets the bar close
+    if num_pairs:
+        lines = [_json(image_pair(seed, split, i, num_samples)) for i in range(num_pairs)]
+        (folder / f"{split}.nlvr.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    summary: dict[str, object] = {
+        "split": split,
+        "num_samples": num_samples,
+        "num_pairs": num_pairs,
+        "image_size": image_size,
+        "seed": seed,
+        "shards": shards,
+        "num_duplicates": num_samples - len(seen),
+        "held_out": [" ".join((color, shape)) for shape, color in HELD_OUT],
+        "answers": ANSWERS,
+    }
+    (folder / f"{split}.info.json").write_bytes(_json(summary))
+    return summary
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def make(
+    out: Path | str,
+    num_samples: int,
+    *,
+    val_samples: int = 1000,
+    heldout_samples: int = 1000,
+    image_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, dict[str, object]]:
+    """Writes `out`/train, `out`/val and `out`/heldout, each with half as many pairs as images.
+
+    A split with 0 samples is left out; one with fewer than 100 gets no pairs.
+
+    Returns: split -> the summary of `write_shards`.
+    """
+    counts = dict(zip(SPLITS, (num_samples, val_samples, heldout_samples), strict=True))
+    return {
+        split: write_shards(
+            Path(out) / split,
+            num_samples=count,
+            split=split,
+            image_size=image_size,
+            seed=seed,
+            num_pairs=count // 2 if count >= 100 else 0,
+            progress=progress,
+        )
+        for split, count in counts.items()
+        if count
+    }
