@@ -1,0 +1,183 @@
+"""The transformer block and its parts, over dense (B, N, D) or packed (T, D) tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlpfast.ops.attention import attention
+from vlpfast.ops.bias_gelu import bias_gelu
+from vlpfast.ops.residual_norm import residual_norm
+from vlpfast.ops.seed import fold_seed
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tokens lie in memory and which of them see each other; None everywhere: dense, all
+    visible.
+
+    Attributes:
+        cu_seqlens (B + 1,): int32 offsets of packed sequences.
+        max_len: host-side upper bound of their lengths.
+        blocks: one int per token, a key is visible iff its block is not above the query's; or
+            "causal".
+    """
+
+    cu_seqlens: Tensor | None = None
+    max_len: int | None = None
+    blocks: Tensor | Literal["causal"] | None = None
+
+
+class CrossKeys(NamedTuple):
+    """Keys and values of one layer, (B, N, H, E) each, and for every query sequence the row it
+    reads.
+    """
+
+    k: Tensor
+    v: Tensor
+    kv_index: Tensor
+
+
+class ResidualNorm(nn.Module):
+    """normed, summed = LayerNorm(residual + dropout(x)), residual + dropout(x)."""
+
+    def __init__(self, dim: int, eps: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.eps, self.dropout = eps, dropout
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        dropout_p = self.dropout if self.training else 0.0
+        out = residual_norm(
+            x, residual, self.weight, self.bias, dropout_p=dropout_p, seed=seed, eps=self.eps
+        )
+        return out.normed, out.residual
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, layout: Layout, seed: int = 0) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        mixed = attention(
+            q,
+            k,
+            v,
+            cu_q=layout.cu_seqlens,
+            cu_k=layout.cu_seqlens,
+            max_q=layout.max_len,
+            max_k=layout.max_len,
+            q_block=layout.blocks,
+            k_block=None if isinstance(layout.blocks, str) else layout.blocks,
+            dropout_p=self.dropout if self.training else 0.0,
+            seed=seed,
+        )
+        return self.out(mixed.flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Queries from packed text; keys and values were projected once per image by the stack (see
+    `models.fusion`).
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, layout: Layout, keys: CrossKeys, seed: int = 0) -> Tensor:
+        mixed = attention(
+            self.q(x).unflatten(-1, (self.heads, -1)),
+            keys.k,
+            keys.v,
+            cu_q=layout.cu_seqlens,
+            max_q=layout.max_len,
+            kv_index=keys.kv_index,
+            dropout_p=self.dropout if self.training else 0.0,
+            seed=seed,
+        )
+        return self.out(mixed.flatten(-2))
+
+
+class Mlp(nn.Module):
+    """Linear, bias + GELU, Linear."""
+
+    def __init__(self, dim: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation == "gelu":
+            return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
+        hidden = self.fc1(x)
+        return self.fc2(hidden * torch.sigmoid(1.702 * hidden))
+
+
+class Block(nn.Module):
+    """Self-attention, optional cross-attention, MLP, with residual sums.
+
+    The state that passes between blocks is (branch, residual): the last branch's output, not yet
+        added, and the sum of all
+    before it, so that sum and norm are one op. A post-norm block leaves the branch empty (None).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp_ratio: float,
+        norm: str,
+        norm_eps: float,
+        activation: str,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        cross: bool = False,
+    ) -> None:
+        super().__init__()
+        self.post_norm = norm == "post"
+        self.attention = SelfAttention(dim, heads, attention_dropout)
+        self.norm1 = ResidualNorm(dim, norm_eps, dropout)
+        self.cross = CrossAttention(dim, heads, attention_dropout) if cross else None
+        self.norm_cross = ResidualNorm(dim, norm_eps, dropout) if cross else None
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation)
+        self.norm2 = ResidualNorm(dim, norm_eps, dropout)
+
+    def forward(
+        self,
+        branch: Tensor | None,
+        residual: Tensor | None,
+        layout: Layout,
+        keys: CrossKeys | None = None,
+        seed: int = 0,
+    ) -> tuple[Tensor | None, Tensor]:
+        branches = [(self.norm1, lambda x: self.attention(x, layout, fold_seed(seed, 1)))]
+        if self.cross is not None:
+            branches.append(
+                (self.norm_cross, lambda x: self.cross(x, layout, keys, fold_seed(seed, 2)))
+            )
+        branches.append((self.norm2, self.mlp))
+        for site, (norm, run) in enumerate(branches, start=3):
+            if self.post_norm:
+                residual, _ = norm(run(residual), residual, fold_seed(seed, site))
+            else:
+                x, rest = (residual, None) if branch is None else (branch, residual)
+                normed, residual = norm(x, rest, fold_seed(seed, site))
+                branch = run(normed)
+        return branch, residual

@@ -1,0 +1,136 @@
+"""What a model is made of: three stacks of blocks, their front ends, and the heads.
+
+Plain data; `presets.py` fills it in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """A stack of transformer blocks.
+
+    Attributes:
+        dim, depth, heads: width, number of blocks (0: the stack is absent), attention heads.
+        mlp_ratio: hidden width of the MLP over `dim`.
+        norm: "pre" normalises before each branch (ViT, CLIP), "post" after each residual sum
+            (BERT).
+        norm_eps: epsilon of every LayerNorm of the stack.
+        activation: "gelu" (exact) or "quick_gelu", x * sigmoid(1.702 x) (OpenAI's CLIP).
+        dropout: probability after embeddings, attention projections and MLPs; `attention_dropout`
+            on attention weights.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    norm: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-6
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class VisionConfig(StackConfig):
+    """A vision transformer over square patches.
+
+    Attributes:
+        patch_size: side of a patch, pixels.
+        patch_bias: whether the patch projection has a bias.
+        embed_norm: LayerNorm between the embeddings and the first block (CLIP's `pre_layrnorm`).
+        position: "learned", or fixed 2-D "sincos" (FLIP, MAE).
+        pool: "first" takes the class token, "mean" averages all tokens (FLIP).
+        patch_dropout: share of patches dropped in training, before they are embedded (FLIP).
+    """
+
+    patch_size: int = 16
+    patch_bias: bool = True
+    embed_norm: bool = False
+    position: Literal["learned", "sincos"] = "learned"
+    pool: Literal["first", "mean"] = "first"
+    patch_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class TextConfig(StackConfig):
+    """A text transformer over packed token ids.
+
+    Attributes:
+        vocab_size: rows of the token table.
+        context_length: longest sequence, tokens.
+        causal: each token sees itself and earlier ones only (CLIP).
+        pool: "first" takes the start token, "last" the end token.
+        embed_norm: LayerNorm after the embeddings (BERT).
+        token_types: rows of the token-type table; text uses row 0 (BERT has 2, CLIP none).
+    """
+
+    vocab_size: int = 4096
+    context_length: int = 77
+    causal: bool = False
+    pool: Literal["first", "last"] = "last"
+    embed_norm: bool = False
+    token_types: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model.
+
+    Attributes:
+        preset, size: where the configuration came from.
+        image_size: side of the square input image, pixels.
+        embed_dim: width of the joint image-text space.
+        projection_bias: whether the two projections into it have biases (ALBEF does, CLIP does
+            not).
+        scale: "log" learns log(scale) (CLIP), "temperature" learns 1 / scale (ALBEF).
+        scale_init, scale_min, scale_max: of the multiplier of the cosine similarities.
+        vision, text, fusion: the stacks; `fusion.depth` 0 is a dual-tower model.
+        mlm_head: whether the model predicts tokens (BERT's transform with the token table tied).
+        image_mean, image_std: per channel, of pixels scaled to [0, 1].
+    """
+
+    preset: str
+    size: str
+    image_size: int
+    embed_dim: int
+    vision: VisionConfig
+    text: TextConfig
+    fusion: StackConfig = field(default_factory=lambda: StackConfig(dim=0, depth=0, heads=1))
+    mlm_head: bool = False
+    projection_bias: bool = False
+    scale: Literal["log", "temperature"] = "log"
+    scale_init: float = 1 / 0.07
+    scale_min: float = 0.0
+    scale_max: float = 100.0
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.vision.patch_size:
+            raise ValueError(
+                f"image_size must be a multiple of vision.patch_size {self.vision.patch_size}, "
+                f"got {self.image_size}"
+            )
+        for name in ("vision", "text", "fusion"):
+            stack = getattr(self, name)
+            if stack.dim % stack.heads:
+                raise ValueError(
+                    f"{name}.dim must be a multiple of {name}.heads {stack.heads}, got {stack.dim}"
+                )
+        if self.fusion.depth and self.fusion.dim != self.text.dim:
+            raise ValueError(
+                f"fusion.dim must equal text.dim {self.text.dim}, got {self.fusion.dim}"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return (self.image_size // self.vision.patch_size) ** 2

@@ -1,0 +1,183 @@
+"""The systems of the field as configurations of one model.
+
+`base` has the published sizes; `tiny` and `small` train on a CPU.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+from vlpfast.models.config import ModelConfig, StackConfig, TextConfig, VisionConfig
+
+# Width, heads, (vision, text, fusion) depth, patch and image side, width of the joint space.
+_COMPACT = {
+    "tiny": {
+        "dim": 192,
+        "heads": 6,
+        "depths": (4, 2, 2),
+        "patch_size": 8,
+        "image_size": 64,
+        "embed_dim": 128,
+    },
+    "small": {
+        "dim": 384,
+        "heads": 6,
+        "depths": (8, 4, 4),
+        "patch_size": 16,
+        "image_size": 128,
+        "embed_dim": 256,
+    },
+}
+
+
+def _compact(size: str) -> tuple[dict, int, int, tuple[int, int, int]]:
+    part = _COMPACT[size]
+    return (
+        {"dim": part["dim"], "heads": part["heads"]},
+        part["image_size"],
+        part["patch_size"],
+        part["depths"],
+    )
+
+
+def clip(size: str) -> ModelConfig:
+    """CLIP; base is ViT-B/32, 151.28 M parameters.
+
+    Source: Radford et al. 2021, arXiv:2103.00020, table 19.
+    """
+    common = {"norm_eps": 1e-5, "activation": "quick_gelu"}
+    vision_only = {"patch_bias": False, "embed_norm": True}
+    if size == "base":
+        return ModelConfig(
+            "clip",
+            size,
+            image_size=224,
+            embed_dim=512,
+            vision=VisionConfig(768, 12, 12, patch_size=32, **common, **vision_only),
+            text=TextConfig(
+                512, 12, 8, vocab_size=49408, context_length=77, causal=True, pool="last", **common
+            ),
+        )
+    shape, image_size, patch_size, (vision, text, fusion) = _compact(size)
+    return ModelConfig(
+        "clip",
+        size,
+        image_size=image_size,
+        embed_dim=_COMPACT[size]["embed_dim"],
+        vision=VisionConfig(**shape, depth=vision, patch_size=patch_size, **common, **vision_only),
+        text=TextConfig(
+            **shape, depth=text + fusion, context_length=77, causal=True, pool="last", **common
+        ),
+    )
+
+
+def flip(size: str) -> ModelConfig:
+    """FLIP: CLIP with half of the patches dropped, fixed positions, mean pooling and a
+    bidirectional text tower.
+
+    Base is ViT-B/16. Source: Li et al. 2023, arXiv:2212.00794; facebookresearch/flip for positions
+    and pooling.
+    """
+    config = clip(size)
+    vision = replace(
+        config.vision,
+        patch_size=16 if size == "base" else config.vision.patch_size,
+        activation="gelu",
+        embed_norm=False,
+        patch_bias=True,
+        position="sincos",
+        pool="mean",
+        patch_dropout=0.5,
+    )
+    text = replace(config.text, activation="gelu", causal=False, pool="first", context_length=32)
+    if size == "base":
+        text = replace(text, vocab_size=30522)
+    return replace(config, preset="flip", vision=vision, text=text)
+
+
+def albef(size: str) -> ModelConfig:
+    """ALBEF; base is ViT-B/16 at 256 px, six BERT layers of text and six of fusion: 85.84 M +
+    123.70 M parameters.
+
+    Source: Li et al. 2021, arXiv:2107.07651; salesforce/ALBEF models/model_pretrain.py,
+    models/xbert.py.
+    """
+    heads = {
+        "mlm_head": True,
+        "projection_bias": True,
+        "scale": "temperature",
+        "scale_min": 2.0,
+        "scale_max": 1000.0,
+    }
+    bert = {"norm": "post", "norm_eps": 1e-12}
+    tokens = {"pool": "first", "embed_norm": True, "token_types": 2}
+    if size == "base":
+        bert |= {"dropout": 0.1, "attention_dropout": 0.1}
+        return ModelConfig(
+            "albef",
+            size,
+            image_size=256,
+            embed_dim=256,
+            vision=VisionConfig(768, 12, 12, patch_size=16),
+            text=TextConfig(768, 6, 12, vocab_size=30522, context_length=512, **tokens, **bert),
+            fusion=StackConfig(768, 6, 12, **bert),
+            **heads,
+        )
+    shape, image_size, patch_size, (vision, text, fusion) = _compact(size)
+    return ModelConfig(
+        "albef",
+        size,
+        image_size=image_size,
+        embed_dim=_COMPACT[size]["embed_dim"],
+        vision=VisionConfig(**shape, depth=vision, patch_size=patch_size),
+        text=TextConfig(**shape, depth=text, context_length=77, **tokens, **bert),
+        fusion=StackConfig(**shape, depth=fusion, **bert),
+        **heads,
+    )
+
+
+_PRESETS: dict[str, Callable[[str], ModelConfig]] = {"albef": albef, "clip": clip, "flip": flip}
+SIZES = ("tiny", "small", "base")
+
+
+def list_presets() -> list[str]:
+    """Names accepted by `create_model` and `preset_config`."""
+    return sorted(_PRESETS)
+
+
+def preset_config(
+    preset: str,
+    size: str = "tiny",
+    *,
+    vocab_size: int | None = None,
+    context_length: int | None = None,
+    **overrides,
+) -> ModelConfig:
+    """The configuration of a preset.
+
+    Args:
+        preset: one of `list_presets()`.
+        size: "tiny", "small" or "base".
+        vocab_size, context_length: of the text tower, where they differ from the preset's.
+        **overrides: other fields of `ModelConfig`.
+
+    Raises:
+        ValueError: unknown preset, size or field.
+    """
+    if preset not in _PRESETS:
+        close = difflib.get_close_matches(preset, _PRESETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"preset must be one of {list_presets()}, got {preset!r}{hint}")
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {list(SIZES)}, got {size!r}")
+    known = [f.name for f in fields(ModelConfig)]
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        raise ValueError(f"unknown model field {unknown[0]!r}; fields: {known}")
+    config = replace(_PRESETS[preset](size), **overrides)
+    text = {"vocab_size": vocab_size, "context_length": context_length}
+    return replace(
+        config, text=replace(config.text, **{k: v for k, v in text.items() if v is not None})
+    )

@@ -1,0 +1,169 @@
+"""The three stacks: vision, text and fusion.
+
+Each takes tokens in and gives tokens out; heads and losses are elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
+from vlpfast.layers.embedding import PatchEmbedding, TokenEmbedding
+from vlpfast.models.config import ModelConfig, StackConfig, TextConfig, VisionConfig
+from vlpfast.ops.seed import fold_seed
+from vlpfast.ragged import Ragged
+
+
+def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
+    return nn.ModuleList(
+        Block(
+            config.dim,
+            config.heads,
+            mlp_ratio=config.mlp_ratio,
+            norm=config.norm,
+            norm_eps=config.norm_eps,
+            activation=config.activation,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            cross=cross,
+        )
+        for _ in range(config.depth)
+    )
+
+
+def _final_norm(config: StackConfig) -> ResidualNorm | None:
+    return (
+        ResidualNorm(config.dim, config.norm_eps, config.dropout) if config.norm == "pre" else None
+    )
+
+
+def _finish(
+    norm: ResidualNorm | None, branch: Tensor | None, residual: Tensor, seed: int
+) -> Tensor:
+    return residual if norm is None else norm(branch, residual, fold_seed(seed, -1))[0]
+
+
+class VisionTower(nn.Module):
+    """uint8 images -> tokens (B, 1 + K, D), class token first, normalised."""
+
+    def __init__(self, config: VisionConfig, model: ModelConfig) -> None:
+        super().__init__()
+        self.embedding = PatchEmbedding(
+            config.dim,
+            image_size=model.image_size,
+            patch_size=config.patch_size,
+            bias=config.patch_bias,
+            position=config.position,
+            mean=model.image_mean,
+            std=model.image_std,
+        )
+        self.embed_norm = ResidualNorm(config.dim, config.norm_eps) if config.embed_norm else None
+        self.blocks = _blocks(config)
+        self.norm = _final_norm(config)
+
+    def forward(self, images: Tensor, keep_ids: Tensor | None = None, seed: int = 0) -> Tensor:
+        branch, residual = None, self.embedding(images, keep_ids)
+        if self.embed_norm is not None:
+            residual, _ = self.embed_norm(residual)
+        layout = Layout()
+        for number, block in enumerate(self.blocks):
+            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
+        return _finish(self.norm, branch, residual, seed)
+
+
+class TextTower(nn.Module):
+    """Packed token ids -> packed tokens (T, D)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embedding = TokenEmbedding(
+            config.dim,
+            vocab_size=config.vocab_size,
+            context_length=config.context_length,
+            token_types=config.token_types,
+            norm_eps=config.norm_eps if config.embed_norm else None,
+        )
+        self.causal = config.causal
+        self.blocks = _blocks(config)
+        self.norm = _final_norm(config)
+
+    def forward(self, text: Ragged, seed: int = 0) -> Ragged:
+        branch, residual = None, self.embedding(text)
+        layout = Layout(text.cu_seqlens, text.max_len, "causal" if self.causal else None)
+        for number, block in enumerate(self.blocks):
+            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
+        return text.with_values(_finish(self.norm, branch, residual, seed))
+
+
+class ImageKeys(NamedTuple):
+    """Keys and values of all fusion layers, (B, N, layers, 2, H, E), projected once per image."""
+
+    kv: Tensor
+
+    def layer(self, number: int, kv_index: Tensor) -> CrossKeys:
+        """What layer `number` reads, and which image each text row reads."""
+        k, v = self.kv[:, :, number].unbind(2)
+        return CrossKeys(k, v, kv_index)
+
+    def select(self, images: Tensor) -> ImageKeys:
+        """Keys of the images `images` (R,) int64."""
+        return ImageKeys(self.kv[images])
+
+
+class FusionTower(nn.Module):
+    """Text blocks that read images by cross-attention (ALBEF).
+
+    One GEMM projects keys and values for all layers.
+    """
+
+    def __init__(self, config: StackConfig, image_dim: int) -> None:
+        super().__init__()
+        self.heads, self.depth = config.heads, config.depth
+        self.image_kv = nn.Linear(image_dim, config.depth * 2 * config.dim)
+        self.blocks = _blocks(config, cross=True)
+        self.norm = _final_norm(config)
+
+    def image_keys(self, image_tokens: Tensor) -> ImageKeys:
+        """Image tokens (B, N, D_image) -> keys and values of every layer."""
+        return ImageKeys(self.image_kv(image_tokens).unflatten(-1, (self.depth, 2, self.heads, -1)))
+
+    def forward(self, text: Ragged, keys: ImageKeys, kv_index: Tensor, seed: int = 0) -> Ragged:
+        branch, residual = None, text.values
+        layout = Layout(text.cu_seqlens, text.max_len)
+        for number, block in enumerate(self.blocks):
+            branch, residual = block(
+                branch, residual, layout, keys.layer(number, kv_index), fold_seed(seed, number)
+            )
+        return text.with_values(_finish(self.norm, branch, residual, seed))
+
+
+@torch.no_grad()
+def init_tower(tower: nn.Module, config: StackConfig) -> None:
+    """Initial weights: pre-norm stacks by width and depth as CLIP, post-norm stacks N(0, 0.02) as
+    BERT.
+
+    Source: Radford et al. 2021, section 2.5 and open_clip transformer.py `init_parameters`; Devlin
+    et al. 2019.
+    """
+    post = config.norm == "post"
+    attention_std = 0.02 if post else config.dim**-0.5
+    output_std = 0.02 if post else (2 * max(config.depth, 1) * config.dim) ** -0.5
+    hidden_std = 0.02 if post else (2 * config.dim) ** -0.5
+    for name, parameter in tower.named_parameters():
+        if name.endswith(("qkv.weight", "q.weight", "image_kv.weight")):
+            nn.init.normal_(parameter, std=attention_std)
+        elif name.endswith(("out.weight", "fc2.weight")):
+            nn.init.normal_(parameter, std=output_std)
+        elif name.endswith("fc1.weight"):
+            nn.init.normal_(parameter, std=hidden_std)
+        elif name.endswith(("embedding.token", "embedding.token_type", "class_token")):
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("position"):
+            nn.init.normal_(parameter, std=0.02 if post else 0.01)
+        elif name.endswith("embedding.weight"):
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        elif name.endswith(".bias"):
+            nn.init.zeros_(parameter)

@@ -1,0 +1,180 @@
+"""VLPModel: every system of the field is a configuration of it.
+
+It holds no loss and knows no data set.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlpfast.layers.block import ResidualNorm
+from vlpfast.models.config import ModelConfig
+from vlpfast.models.outputs import ImageOutput, TextOutput
+from vlpfast.models.presets import preset_config
+from vlpfast.models.towers import FusionTower, ImageKeys, TextTower, VisionTower, init_tower
+from vlpfast.ragged import Ragged
+
+
+def _full(x: Tensor) -> Tensor:
+    """At least fp32: what leaves the model enters softmaxes and norms."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(_full(x), dim=-1)
+
+
+class TokenHead(nn.Module):
+    """BERT's prediction transform:
+
+    Linear, GELU, LayerNorm; the vocabulary weight is the token table itself.
+    """
+
+    def __init__(self, dim: int, vocab_size: int, norm_eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.norm = ResidualNorm(dim, norm_eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.dense(hidden)))[0]
+
+
+class VLPModel(nn.Module):
+    """Vision tower, text tower, optional fusion tower, poolers and heads.
+
+    Args:
+        config: see `ModelConfig`; build one by `preset_config` or use `create_model`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        vision, text, fusion = config.vision, config.text, config.fusion
+        self.vision = VisionTower(vision, config)
+        self.text = TextTower(text)
+        self.fusion = FusionTower(fusion, vision.dim) if fusion.depth else None
+        self.image_projection = nn.Linear(vision.dim, config.embed_dim, bias=config.projection_bias)
+        self.text_projection = nn.Linear(text.dim, config.embed_dim, bias=config.projection_bias)
+        self.match_head = nn.Linear(fusion.dim, 2) if fusion.depth else None
+        self.token_head = (
+            TokenHead(text.dim, text.vocab_size, text.norm_eps) if config.mlm_head else None
+        )
+        init = math.log(config.scale_init) if config.scale == "log" else 1 / config.scale_init
+        self.scale = nn.Parameter(torch.tensor(init))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draws fresh weights from torch's default generator; see `init_tower`."""
+        init_tower(self.vision, self.config.vision)
+        init_tower(self.text, self.config.text)
+        if self.fusion is not None:
+            init_tower(self.fusion, self.config.fusion)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        for head in (self.match_head, self.token_head.dense if self.token_head else None):
+            if head is not None:
+                nn.init.normal_(head.weight, std=0.02)
+                nn.init.zeros_(head.bias)
+
+    @property
+    def has_fusion(self) -> bool:
+        """Whether image and text meet in a fusion tower."""
+        return self.fusion is not None
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """0-d multiplier of the cosine similarities."""
+        return self.scale.exp() if self.config.scale == "log" else 1 / self.scale
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """Keeps the multiplier within [scale_min, scale_max]; called after each optimizer step."""
+        low, high = self.config.scale_min, self.config.scale_max
+        if self.config.scale == "log":
+            self.scale.clamp_(math.log(low) if low > 0 else None, math.log(high))
+        else:
+            self.scale.clamp_(1 / high, 1 / low if low > 0 else None)
+
+    def encode_image(
+        self, images: Tensor, keep_ids: Tensor | None = None, *, seed: int = 0
+    ) -> ImageOutput:
+        """Image tower and its projection.
+
+        Args:
+            images (B, S, S, 3): uint8, S = config.image_size.
+            keep_ids (B, K): int64 ascending ids of the patches to embed; None keeps all.
+            seed: keys dropout in training.
+        """
+        side = self.config.image_size
+        if images.shape[1:] != (side, side, 3):
+            raise ValueError(f"images must be (B, {side}, {side}, 3), got {tuple(images.shape)}")
+        tokens = self.vision(images, keep_ids, seed)
+        pooled = tokens[:, 0] if self.config.vision.pool == "first" else tokens.mean(1)
+        return ImageOutput(tokens, _unit(self.image_projection(pooled)))
+
+    def encode_text(self, text: Ragged, *, seed: int = 0) -> TextOutput:
+        """Text tower and its projection;
+
+        `text` packs int64 token ids with their start and end tokens.
+        """
+        tokens = self.text(text, seed)
+        pooled = tokens.values[text.first() if self.config.text.pool == "first" else text.last()]
+        return TextOutput(tokens, _unit(self.text_projection(pooled)))
+
+    def image_keys(self, image_tokens: Tensor) -> ImageKeys:
+        """Keys and values of all fusion layers for images (B, N, D), one GEMM; any number of texts
+        may read them.
+        """
+        self._need(self.fusion, "a fusion tower")
+        return self.fusion.image_keys(image_tokens)
+
+    def fuse(
+        self, text_tokens: Ragged, keys: ImageKeys, kv_index: Tensor, *, seed: int = 0
+    ) -> Ragged:
+        """Text row r of `text_tokens` reads image `kv_index[r]` (int64) of `keys` -> packed fused
+        tokens (T, D).
+        """
+        self._need(self.fusion, "a fusion tower")
+        return self.fusion(text_tokens, keys, kv_index, seed)
+
+    def match(self, fused: Ragged) -> Tensor:
+        """Image-text matching logits (R, 2) from the first token of each row; index 1 says "they
+        match".
+        """
+        return self.match_logits(fused.values[fused.first()])
+
+    def match_logits(self, first_tokens: Tensor) -> Tensor:
+        """`match` on first tokens (R, D) already taken."""
+        self._need(self.match_head, "a matching head")
+        return _full(self.match_head(first_tokens))
+
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (n, V) of hidden states (n, D)."""
+        return _full(F.linear(*self.token_head_inputs(hidden)))
+
+    def token_head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Transformed hidden states (n, D), vocabulary weight (V, D) and bias (V,): what
+        `ops.linear_cross_entropy` takes.
+        """
+        self._need(self.token_head, "a token head")
+        return self.token_head(hidden), self.text.embedding.token, self.token_head.bias
+
+    def _need(self, part: nn.Module | None, what: str) -> None:
+        if part is None:
+            raise ValueError(
+                f"preset {self.config.preset!r} has no {what.split(' ', 1)[1]}; 'albef' has one"
+            )
+
+
+def create_model(preset: str, size: str = "tiny", **overrides) -> VLPModel:
+    """A freshly initialised model; arguments as `preset_config`.
+
+    Example: `create_model("albef", size="tiny", vocab_size=4096, image_size=64)`.
+    """
+    return VLPModel(preset_config(preset, size, **overrides))
