@@ -1,0 +1,51 @@
+"""Batch: what a loader hands to a training or evaluation step.
+
+Nothing here decodes, tokenises or masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from vlpfast.ragged import Ragged
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B image-text pairs.
+
+    Attributes:
+        images (B, H, W, 3): uint8, NHWC; normalising is `ops.patch_embed`'s work.
+        text: packed token ids (int64), each sequence with its start and end token.
+        image_ids (B,): int64 identity of the image or concept; equal ids are positives of each
+            other.
+        sample_ids (B,): int64 row numbers in the index, for naming samples.
+        positions (B,): int64 places in the training stream (epoch * samples + place), unique per
+            draw and independent of batch split and world size: with the run's seed, the key of all
+            per-sample randomness.
+        masked_text: `text` with tokens masked for MLM, or None.
+        mlm_labels (T,): int64 original ids at masked positions, -100 elsewhere, or None.
+    """
+
+    images: Tensor
+    text: Ragged
+    image_ids: Tensor
+    sample_ids: Tensor
+    positions: Tensor
+    masked_text: Ragged | None = None
+    mlm_labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch with all tensors on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), (Tensor, Ragged))
+        }
+        return replace(self, **moved)

@@ -1,0 +1,66 @@
+"""Which objectives are trained, with what weight, and their settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ObjectivesConfig:
+    """Weights of the losses (0: off) and their settings.
+
+    Attributes:
+        itc: image-text contrast.
+        itm: image-text matching; one hard negative image and one hard negative text per pair.
+        mlm: masked language modelling on the text that reads its image.
+        label_smoothing: of the contrastive targets.
+        mlm_probability: share of tokens masked; `mlm_whole_word` masks whole words.
+        momentum: decay of the teacher's weights per step; 0 trains without a teacher.
+        queue_size: momentum embeddings kept as further contrastive candidates; needs a teacher.
+        alpha: weight of the teacher's soft targets in ITC and MLM, reached linearly over
+            `alpha_ramp_steps`.
+    """
+
+    itc: float = 1.0
+    itm: float = 0.0
+    mlm: float = 0.0
+    label_smoothing: float = 0.0
+    mlm_probability: float = 0.15
+    mlm_whole_word: bool = False
+    momentum: float = 0.0
+    queue_size: int = 0
+    alpha: float = 0.0
+    alpha_ramp_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("itc", "itm", "mlm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"objectives.{name} must be >= 0, got {getattr(self, name)}")
+        if not (self.itc or self.itm or self.mlm):
+            raise ValueError("objectives: at least one of itc, itm, mlm must be > 0")
+        if self.itm and not self.itc:
+            raise ValueError(
+                "objectives.itm draws its negatives from itc's similarities: set objectives.itc > 0"
+            )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"objectives.momentum must be in [0, 1), got {self.momentum}")
+        if (self.queue_size or self.alpha) and not self.momentum:
+            raise ValueError(
+                "objectives.queue_size and objectives.alpha need a teacher: "
+                "set objectives.momentum > 0"
+            )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each enabled objective."""
+        return {name: w for name in ("itc", "itm", "mlm") if (w := getattr(self, name)) > 0}
+
+    def alpha_at(self, step: int) -> float:
+        """Weight of the teacher's targets at optimizer step `step` (ALBEF ramps it over the first
+        epoch).
+        """
+        return (
+            self.alpha * min(1.0, step / self.alpha_ramp_steps)
+            if self.alpha_ramp_steps
+            else self.alpha
+        )

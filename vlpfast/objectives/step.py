@@ -1,0 +1,232 @@
+"""PretrainStep: a batch through the model once, every enabled objective out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vlpfast.data.batch import Batch
+from vlpfast.models.outputs import ImageOutput, TextOutput
+from vlpfast.models.towers import ImageKeys
+from vlpfast.models.vlp import VLPModel
+from vlpfast.objectives.config import ObjectivesConfig
+from vlpfast.objectives.losses import Loss, matching_loss
+from vlpfast.objectives.plan import Plan, Rows
+from vlpfast.objectives.teacher import FeatureQueue, Teacher
+from vlpfast.ops.contrastive import contrastive_loss
+from vlpfast.ops.keep_ids import keep_ids
+from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
+from vlpfast.ops.seed import fold_seed
+from vlpfast.ragged import Ragged
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """losses: per objective (sum, count) over this rank's rows; metrics: detached scalars for the
+    log.
+    """
+
+    losses: dict[str, Loss]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What the towers made of a batch: images (B), clean texts (B), then masked texts (B) where the
+    plan has them.
+    """
+
+    image: ImageOutput
+    text: TextOutput
+    keys: ImageKeys | None
+
+
+class PretrainStep(nn.Module):
+    """Model, teacher and queue with the objectives of a run; the module that data-parallel training
+    wraps.
+
+    Args:
+        model: the student.
+        config: enabled objectives.
+        group: process group over which contrastive candidates are gathered, or None.
+
+    Raises:
+        ValueError: an objective needs a part that the model does not have.
+    """
+
+    def __init__(
+        self, model: VLPModel, config: ObjectivesConfig, group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        for name, part, what in (
+            ("itm", model.fusion, "a fusion tower"),
+            ("mlm", model.fusion, "a fusion tower"),
+            ("mlm", model.token_head, "a token head"),
+        ):
+            if getattr(config, name) and part is None:
+                raise ValueError(
+                    f"objectives.{name} needs {what}; preset {model.config.preset!r} has none, "
+                    "'albef' has one"
+                )
+        self.model, self.config, self.group = model, config, group
+        self.plan = Plan.of(config)
+        self.teacher = Teacher(model, config.momentum) if config.momentum else None
+        self.queue = (
+            FeatureQueue(config.queue_size, model.config.embed_dim) if config.queue_size else None
+        )
+        self._to_enqueue: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each objective in the total."""
+        return self.config.weights
+
+    def forward(self, batch: Batch, *, seed: int, step: int) -> StepOutput:
+        """Losses of one batch.
+
+        Args:
+            batch: with `masked_text` and `mlm_labels` where MLM is enabled.
+            seed: keys patch dropping, dropout and the negatives; the caller varies it by step and
+                rank.
+            step: optimizer step, for the ramp of alpha.
+        """
+        alpha = self.config.alpha_at(step)
+        kept = self._kept_patches(batch, fold_seed(seed, 0))
+        student = self._encode(
+            self.model, batch, kept, seed, self.plan.masked_text, bool(self.plan.fusion)
+        )
+        teacher, distil_tokens = None, self.plan.masked_text and alpha > 0
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self._encode(
+                    self.teacher.model, batch, kept, seed, distil_tokens, distil_tokens
+                )
+        losses, metrics = {}, {"logit_scale": self.model.logit_scale.detach()}
+        hard_text = hard_image = None
+        if self.config.itc:
+            losses["itc"], hard_text, hard_image = self._contrast(
+                batch, student, teacher, alpha, seed
+            )
+        if self.plan.fusion:
+            fused = self._fuse(batch, student, hard_text, hard_image, seed)
+        if self.config.itm:
+            matched = fused.first()[: 3 * len(batch)]
+            logits = self.model.match_logits(fused.values[matched])
+            losses["itm"], right = matching_loss(logits, hard_text, hard_image)
+            metrics["itm_accuracy"] = right / losses["itm"][1]
+        if self.config.mlm:
+            losses["mlm"] = self._masked_language(batch, fused, teacher, alpha)
+        return StepOutput(losses, metrics)
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """After the optimizer step: bounds the scale, moves the teacher, pushes the step's
+        embeddings into the queue.
+        """
+        self.model.clamp_scale()
+        if self.teacher is not None:
+            self.teacher.update(self.model)
+        for image, text, ids in self._to_enqueue:
+            self.queue.push(*(_gather(t, self.group) for t in (image, text, ids)))
+        self._to_enqueue.clear()
+
+    @staticmethod
+    def _encode(
+        model: VLPModel,
+        batch: Batch,
+        kept: Tensor | None,
+        seed: int,
+        masked_text: bool,
+        image_keys: bool,
+    ) -> _Encoded:
+        image = model.encode_image(batch.images, kept, seed=fold_seed(seed, 1))
+        texts = [batch.text, batch.masked_text] if masked_text else [batch.text]
+        text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2))
+        return _Encoded(image, text, model.image_keys(image.tokens) if image_keys else None)
+
+    def _kept_patches(self, batch: Batch, seed: int) -> Tensor | None:
+        """(B, K) ids of the patches that this step embeds; the same for student and teacher."""
+        num_patches = self.model.config.num_patches
+        num_keep = max(1, round(num_patches * (1 - self.model.config.vision.patch_dropout)))
+        if not self.training or num_keep == num_patches:
+            return None
+        return keep_ids(
+            len(batch), num_patches, num_keep, seed=seed, sample_ids=batch.positions
+        ).ids
+
+    def _contrast(
+        self, batch: Batch, student: _Encoded, teacher: _Encoded | None, alpha: float, seed: int
+    ) -> tuple[Loss, Tensor | None, Tensor | None]:
+        size = len(batch)
+        keys = {}
+        if self.queue is not None:
+            image_keys, text_keys, key_ids = self.queue.entries()
+            keys = {"image_keys": image_keys, "text_keys": text_keys, "key_ids": key_ids}
+        if teacher is not None:
+            keys["teacher"] = (teacher.image.embedding, teacher.text.embedding[:size])
+            keys["alpha"] = alpha
+            if self.queue is not None:
+                self._to_enqueue.append((*keys["teacher"], batch.image_ids))
+        out = contrastive_loss(
+            student.image.embedding,
+            student.text.embedding[:size],
+            self.model.logit_scale,
+            ids=batch.image_ids,
+            label_smoothing=self.config.label_smoothing,
+            hard_negatives=int(self.plan.hard_negatives),
+            seed=fold_seed(seed, 3),
+            group=self.group,
+            **keys,
+        )
+        # Already normalised over all ranks: see `contrastive_loss` on what `group` returns.
+        loss = (out.loss, torch.ones((), device=out.loss.device))
+        if not self.plan.hard_negatives:
+            return loss, None, None
+        return loss, out.hard_text[:, 0], out.hard_image[:, 0]
+
+    def _fuse(
+        self, batch: Batch, student: _Encoded, hard_text: Tensor, hard_image: Tensor, seed: int
+    ) -> Ragged:
+        # A missing negative (-1) runs on row 0 and is left out of the loss: no data-dependent
+        # shapes.
+        negatives = [
+            None if hard is None else hard.clamp(min=0) for hard in (hard_text, hard_image)
+        ]
+        texts, images = self.plan.fusion_rows(len(batch), *negatives, batch.images.device)
+        return self.model.fuse(
+            student.text.tokens.select(texts), student.keys, images, seed=fold_seed(seed, 4)
+        )
+
+    def _masked_language(
+        self, batch: Batch, fused: Ragged, teacher: _Encoded | None, alpha: float
+    ) -> Loss:
+        """Cross-entropy at masked positions only, mixed with the teacher's distribution there."""
+        start = fused.cu_seqlens[self.plan.first_sequence(Rows.MASKED, len(batch))]
+        masked = (batch.mlm_labels != -100).nonzero().squeeze(1)
+        target = batch.mlm_labels[masked]
+        distillation = {}
+        if teacher is not None and alpha > 0:
+            with torch.no_grad():
+                size = len(batch)
+                own = torch.arange(size, device=masked.device)
+                text = teacher.text.tokens.select(own + size)
+                fused_m = self.teacher.model.fuse(text, teacher.keys, own)
+                distillation = {
+                    "teacher": self.teacher.model.token_head_inputs(fused_m.values[masked]),
+                    "alpha": alpha,
+                }
+        hidden, weight, bias = self.model.token_head_inputs(fused.values[start + masked])
+        loss = linear_cross_entropy(hidden, weight, target, bias, reduction="sum", **distillation)
+        return loss, torch.tensor(target.shape[0], device=loss.device)
+
+
+def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Rows of all ranks, in rank order; every rank has the same number."""
+    if group is None:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts)
