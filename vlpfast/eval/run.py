@@ -1,0 +1,316 @@
+"""Evaluates a model, or the newest weights of a run folder, on retrieval, mlm and swap."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vlpfast.data.batch import Batch
+from vlpfast.data.config import DataConfig
+from vlpfast.data.index import Index
+from vlpfast.data.loader import make_loader, open_index
+from vlpfast.data.tokenizer import Tokenizer
+from vlpfast.eval.load import load_run
+from vlpfast.eval.probe import mlm_probe, swap_probe
+from vlpfast.eval.report import EvalResult, save_bars
+from vlpfast.eval.rerank import rerank
+from vlpfast.eval.retrieval import PoolTexts, recall_metrics, retrieval_ranks
+from vlpfast.models.vlp import VLPModel
+from vlpfast.ragged import Ragged
+
+TASKS = ("retrieval", "mlm", "swap")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to evaluate.
+
+    Attributes:
+        rerank_k: candidates of each query that the matching head re-ranks; 0 is none.
+        itc_weight: what the contrastive similarity adds to the matching score (BLIP: 1).
+        pool_texts: "mean" makes one candidate of all texts of an id: scoring by concept.
+        batch_size: images encoded at once, and texts.
+        pairs_per_call: image-text pairs matched at once.
+        max_samples: the first so many samples of the data; 0 is all.
+        seed: of masks and shuffled images.
+        progress: show bars where the terminal can.
+    """
+
+    rerank_k: int = 0
+    itc_weight: float = 0.0
+    pool_texts: PoolTexts = "none"
+    batch_size: int = 128
+    pairs_per_call: int = 512
+    max_samples: int = 0
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("rerank_k", 0),
+            ("max_samples", 0),
+            ("batch_size", 1),
+            ("pairs_per_call", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if self.pool_texts not in typing.get_args(PoolTexts):
+            raise ValueError(f"pool_texts must be 'none' or 'mean', got {self.pool_texts!r}")
+        if self.rerank_k and self.pool_texts != "none":
+            raise ValueError("rerank_k matches single captions: use it with pool_texts 'none'")
+
+
+def evaluate(
+    run_dir: str | Path,
+    task: str,
+    data: str | Path,
+    *,
+    where: Sequence[str] = (),
+    id_key: str = "",
+    weights: str = "latest",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    **options: object,
+) -> EvalResult:
+    """Evaluates a run and writes `RUN/eval/TASK-N.json` and a bar chart `RUN/eval/TASK-N.png`.
+
+    Args:
+        run_dir: folder with config.json, tokenizer.json and weights.
+        task: one of `TASKS`.
+        data: folder of shards, or a table, as in training.
+        where: "field=value" conditions on the samples.
+        id_key: record field that says which samples show the same; empty takes the run's.
+        weights: "latest" checkpoint (else model.safetensors), or the path of either kind of file.
+        device: "auto" is a GPU where there is one.
+        options: fields of `EvalOptions`.
+    """
+    _check_task(task)
+    settings = EvalOptions(**options)
+    run = load_run(run_dir, weights=weights, device=device)
+    config = replace(
+        run.data, path=str(data), where=tuple(where), id_key=id_key or run.data.id_key, index_dir=""
+    )
+    index = open_index(config)
+    result = evaluate_model(
+        run.model, index, run.tokenizer, (task,), data=config, options=settings
+    )[task]
+    info = {"run": str(run_dir), "weights": str(run.weights), "data": str(data)}
+    info |= {"where": " ".join(where)} if where else {}
+    result = replace(result, info=info | result.info)
+    save(result, Path(run_dir) / "eval")
+    return result
+
+
+def evaluate_model(
+    model: VLPModel,
+    index: Index,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str] = ("retrieval",),
+    *,
+    data: DataConfig,
+    options: EvalOptions | None = None,
+) -> dict[str, EvalResult]:
+    """Evaluates a model that is in memory; leaves it in the mode (train or eval) it was in.
+
+    Args:
+        model: on the device to evaluate on.
+        index: the samples.
+        tokenizer: the model's.
+        tasks: some of `TASKS`.
+        data: how images are loaded and captions cut; its path and conditions are not read.
+        options: `EvalOptions()` if None.
+    """
+    for task in tasks:
+        _check_task(task)
+    evaluation = _Evaluation(model, index, tokenizer, data, options or EvalOptions())
+    results = {}
+    with _evaluating(model):
+        for task in tasks:
+            started = time.monotonic()
+            result = getattr(evaluation, task)()
+            info = result.info | {"seconds": round(time.monotonic() - started, 2)}
+            if evaluation.corrupt:
+                info["corrupt"] = (
+                    f"{len(evaluation.corrupt)} left out: {min(evaluation.corrupt)} .."
+                )
+            results[task] = replace(result, info=info)
+    return results
+
+
+def save(result: EvalResult, folder: Path) -> Path:
+    """Writes `TASK-N.json` and `TASK-N.png`, N the next free number; returns the JSON's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (path := folder / f"{result.task}-{number}.json").exists():
+        number += 1
+    path.write_text(result.to_json() + "\n")
+    save_bars(result, path.with_suffix(".png"))
+    return path
+
+
+class _Evaluation:
+    """One model on one data set; a method a task, under its name."""
+
+    def __init__(
+        self,
+        model: VLPModel,
+        index: Index,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        options: EvalOptions,
+    ) -> None:
+        if options.max_samples:
+            index = replace(index, rows=np.asarray(index.rows)[: options.max_samples])
+        self.model, self.index, self.tokenizer = model, index, tokenizer
+        self.data, self.options = data, options
+        self.device = model.logit_scale.device
+        self.corrupt: dict[str, str] = {}
+
+    def retrieval(self) -> EvalResult:
+        options, model = self.options, self.model
+        if options.rerank_k and not model.has_fusion:
+            raise ValueError(
+                f"rerank_k needs a fusion tower; preset {model.config.preset!r} has none"
+            )
+        image, image_ids, samples = self._images()
+        captions, text_ids = self._captions(samples)
+        text, tokens = self._texts(captions)
+        image_ids, text_ids = image_ids.to(self.device), text_ids.to(self.device)
+        ranks = retrieval_ranks(
+            image, text, image_ids, text_ids, pool_texts=options.pool_texts, topk=options.rerank_k
+        )
+        metrics = recall_metrics(*ranks)
+        info: dict[str, str | int | float] = {}
+        if options.rerank_k:
+            reranked = rerank(
+                model,
+                self._image_tokens(samples),
+                tokens,
+                image_ids,
+                text_ids,
+                *ranks,
+                itc_weight=options.itc_weight,
+                pairs_per_call=options.pairs_per_call,
+            )
+            metrics |= {f"itm_{name}": v for name, v in recall_metrics(*reranked).items()}
+            info = {"rerank_k": options.rerank_k, "itc_weight": options.itc_weight}
+        return EvalResult(
+            "retrieval",
+            metrics=metrics,
+            chance=recall_metrics(*(r.chance() for r in ranks)),
+            counts={
+                "num_images": ranks[1].num_candidates,
+                "num_texts": ranks[0].num_candidates,
+                "num_ids": len(image_ids.unique()),
+            },
+            info=info | ({"pool_texts": "mean"} if options.pool_texts == "mean" else {}),
+        )
+
+    def mlm(self) -> EvalResult:
+        return mlm_probe(self.model, self._batches("mlm"), self.tokenizer, seed=self.options.seed)
+
+    def swap(self) -> EvalResult:
+        return swap_probe(
+            self.model,
+            self._batches("swap"),
+            self.index,
+            self.tokenizer,
+            max_tokens=self.data.max_tokens,
+        )
+
+    def _batches(self, what: str) -> Iterator[Batch]:
+        """One pass over the images."""
+        loader = make_loader(
+            self.index,
+            self.data,
+            tokenizer=self.tokenizer,
+            image_size=self.model.config.image_size,
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
+            train=False,
+        )
+        with contextlib.closing(loader), self._bar(what, len(self.index), "img") as bar:
+            for batch in loader:
+                if len(batch):
+                    yield batch
+                bar.update(len(batch))
+            self.corrupt |= loader.corrupt
+
+    def _images(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings (I, E), image ids (I,) and sample ids (I,) of all images that can be read."""
+        parts = [
+            (
+                self.model.encode_image(batch.images.to(self.device)).embedding,
+                batch.image_ids.cpu(),
+                batch.sample_ids.cpu(),
+            )
+            for batch in self._batches("images")
+        ]
+        if not parts:
+            raise ValueError(f"{self.index.source}: no image can be read, nothing to evaluate")
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _image_tokens(self, samples: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, tokens) of the images, encoded anew: the tokens of all would not fit in memory."""
+        row_of = torch.full((int(samples.max()) + 1,), -1)
+        row_of[samples] = torch.arange(len(samples))
+        for batch in self._batches("matching"):
+            rows = row_of[batch.sample_ids.cpu()]
+            yield rows, self.model.encode_image(batch.images.to(self.device)).tokens
+
+    def _captions(self, samples: Tensor) -> tuple[list[str], Tensor]:
+        """All captions of the samples and their ids; the same text for the same id counts once."""
+        image_ids = self.index.image_ids
+        distinct = dict.fromkeys(
+            (int(image_ids[i]), caption)
+            for i in samples.tolist()
+            for caption in self.index.captions(i)
+        )
+        ids, captions = zip(*distinct, strict=True)
+        return list(captions), torch.tensor(ids)
+
+    def _texts(self, captions: list[str]) -> tuple[Tensor, Ragged | None]:
+        """Embeddings (T, E) of texts, and where re-ranking needs them their packed tokens."""
+        size = self.options.batch_size
+        embeddings, tokens = [], []
+        with self._bar("texts", len(captions), "txt") as bar:
+            for start in range(0, len(captions), size):
+                chunk = captions[start : start + size]
+                ids = self.tokenizer.encode(chunk, self.data.max_tokens)
+                text = self.model.encode_text(Ragged.from_lists(ids, self.device))
+                embeddings.append(text.embedding)
+                if self.options.rerank_k:
+                    tokens.append(text.tokens)
+                bar.update(len(chunk))
+        return torch.cat(embeddings), Ragged.cat(tokens) if tokens else None
+
+    def _bar(self, what: str, total: int, unit: str) -> tqdm:
+        hidden = not (self.options.progress and sys.stderr.isatty())
+        return tqdm(desc=what, total=total, unit=unit, disable=hidden, leave=False)
+
+
+@contextlib.contextmanager
+def _evaluating(model: VLPModel) -> Iterator[None]:
+    """Inside, the model is in eval mode and nothing is recorded for a backward."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def _check_task(task: str) -> None:
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; tasks are {', '.join(TASKS)}")
