@@ -1,0 +1,1 @@
+"""Benchmarks of data loading: rates and CPU seconds, not kernels."""

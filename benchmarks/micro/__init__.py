@@ -1,0 +1,1 @@
+"""Guards of small CPU costs that a user pays on every call, run by pytest-benchmark."""

@@ -1,0 +1,1 @@
+"""One module per op: `bench_<op>.py`. README.md says what such a module gives."""

@@ -1,0 +1,183 @@
+"""Named real workloads. A benchmark takes its shapes from here by name and never types one.
+
+Letters: B batch, P patches, K kept patches, D embedding, H heads, E head dim, M queries, N keys, T
+text tokens, R regions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A workload.
+
+    Attributes:
+        name: what rows, tables and `--shape` call it.
+        gpu_only: too large to be a fair use of a CPU's time; skipped there unless asked for by
+            name.
+    """
+
+    name: str
+    gpu_only: bool
+
+
+@dataclass(frozen=True)
+class KeepIds(Shape):
+    """Random kept patches: `num_keep` of `num_patches`, for each of `batch` images."""
+
+    batch: int
+    num_patches: int
+    num_keep: int
+
+
+@dataclass(frozen=True)
+class PatchEmbed(Shape):
+    """uint8 images (B, S, S, 3) to tokens (B, K, D); K = P where nothing is dropped."""
+
+    batch: int
+    image_size: int
+    patch_size: int
+    num_keep: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Contrastive(Shape):
+    """Image and text (B, D); each side sees `num_keys` further keys from a queue."""
+
+    batch: int
+    dim: int
+    num_keys: int
+
+
+@dataclass(frozen=True)
+class LinearCrossEntropy(Shape):
+    """Hidden states (T, D) against a vocabulary (V, D)."""
+
+    num_tokens: int
+    vocab: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Transport(Shape):
+    """Text (B, T, D) aligned with image regions (B, R, D) by `iters` steps of IPOT."""
+
+    batch: int
+    text_len: int
+    num_regions: int
+    dim: int
+    iters: int
+
+
+@dataclass(frozen=True)
+class Attention(Shape):
+    """q (B, M, H, E) over k, v (B, N, H, E); `causal` for a text decoder."""
+
+    batch: int
+    num_queries: int
+    num_keys: int
+    heads: int
+    head_dim: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class ResidualNorm(Shape):
+    """x (T, D) added to its residual and normalised."""
+
+    num_tokens: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class BiasGelu(Shape):
+    """Hidden layer of an MLP (T, D)."""
+
+    num_tokens: int
+    dim: int
+
+
+def _named(*shapes: Shape) -> Mapping[str, Shape]:
+    named = {shape.name: shape for shape in shapes}
+    if len(named) != len(shapes):
+        raise ValueError("two shapes of one op have the same name")
+    return MappingProxyType(named)
+
+
+# Of each op the first shape is its headline: the one in the README table.
+SHAPES: Mapping[str, Mapping[str, Shape]] = MappingProxyType(
+    {
+        # FLIP drops half or three quarters of a ViT's patches (Li et al. 2023, table 1); MAE keeps
+        # a quarter.
+        "keep_ids": _named(
+            KeepIds("flip-b16-b256-keep98", False, 256, 196, 98),
+            KeepIds("flip-l14-b1024-keep64", False, 1024, 256, 64),
+            KeepIds("flip-l14-b1024-keep128", False, 1024, 256, 128),
+            KeepIds("mae-l16-b4096-keep49", False, 4096, 196, 49),
+        ),
+        "patch_embed": _named(
+            PatchEmbed("vit-b16-b256", False, 256, 224, 16, 196, 768),
+            PatchEmbed("flip-b16-b256-keep98", False, 256, 224, 16, 98, 768),
+            PatchEmbed("flip-l14-b1024-keep64", True, 1024, 224, 14, 64, 1024),
+            PatchEmbed("albef-b16-384-b32", False, 32, 384, 16, 576, 768),
+        ),
+        # CLIP B/16 (D 512) and L/14 (D 768) at local and published global batches; ALBEF's queue of
+        # 65,536 keys.
+        "contrastive": _named(
+            Contrastive("clip-b16-b4096", False, 4096, 512, 0),
+            Contrastive("clip-b16-b512", False, 512, 512, 0),
+            Contrastive("clip-l14-b32768", True, 32768, 768, 0),
+            Contrastive("siglip-b16-b16384", True, 16384, 768, 0),
+            Contrastive("albef-b64-queue65536", False, 64, 256, 65536),
+        ),
+        # BERT's vocabulary under 15 % masking; CoCa's captions of 76 tokens over 64,000 words.
+        "linear_cross_entropy": _named(
+            LinearCrossEntropy("mlm-1024x30522x768", False, 1024, 30522, 768),
+            LinearCrossEntropy("mlm-8192x30522x768", True, 8192, 30522, 768),
+            LinearCrossEntropy("coca-caption-4864x64000x768", True, 4864, 64000, 768),
+        ),
+        # ViLT aligns up to 40 words with patches; UNITER up to 60 words with 36 detector regions.
+        "transport": _named(
+            Transport("wra-256x32x196", False, 256, 32, 196, 768, 50),
+            Transport("uniter-96x60x36", False, 96, 60, 36, 768, 50),
+            Transport("vilt-64x40x200", False, 64, 40, 200, 768, 50),
+        ),
+        "attention": _named(
+            Attention("albef-fusion-197x30", False, 64, 30, 197, 12, 64, False),
+            Attention("vit-b16-197", False, 256, 197, 197, 12, 64, False),
+            Attention("vit-l14-257", True, 256, 257, 257, 16, 64, False),
+            Attention("clip-text-77", False, 256, 77, 77, 8, 64, True),
+            Attention("coca-pooler-256x256", True, 128, 256, 256, 12, 64, False),
+        ),
+        "residual_norm": _named(
+            ResidualNorm("vit-b16-b256", False, 256 * 197, 768),
+            ResidualNorm("vit-l14-b256", True, 256 * 257, 1024),
+        ),
+        "bias_gelu": _named(
+            BiasGelu("vit-b16-b256", False, 256 * 197, 4 * 768),
+            BiasGelu("vit-l14-b256", True, 256 * 257, 4 * 1024),
+        ),
+    }
+)
+
+
+def select(op: str, names: Sequence[str], device_type: str) -> list[Shape]:
+    """The shapes of `op` called `names`, or all that suit the device if no name is given.
+
+    Raises:
+        ValueError: the op or a name is unknown.
+    """
+    if op not in SHAPES:
+        raise ValueError(f"unknown op {op!r}: expected one of {', '.join(SHAPES)}")
+    known = SHAPES[op]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{op} has no shape {unknown[0]!r}: expected one of {', '.join(known)}")
+    if names:
+        return [known[name] for name in names]
+    return [shape for shape in known.values() if device_type == "cuda" or not shape.gpu_only]
