@@ -1,0 +1,35 @@
+"""Recipes: functions that return a whole RunConfig, found by name; the command line changes single
+fields of what they return.
+
+A recipe is named for its system and size (`albef_base`), or for its system and the embedded data
+(`albef_scenes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vlpfast.recipes import albef, clip, flip
+from vlpfast.train.config import RunConfig, close_match
+
+_RECIPES: dict[str, Callable[[], RunConfig]] = {
+    f"{module.__name__.rpartition('.')[2]}_{variant}": recipe
+    for module in (albef, clip, flip)
+    for variant, recipe in module.RECIPES.items()
+}
+
+
+def names() -> list[str]:
+    """Names of all recipes."""
+    return sorted(_RECIPES)
+
+
+def get(name: str) -> RunConfig:
+    """The configuration of recipe `name`.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if name not in _RECIPES:
+        raise ValueError(f"unknown recipe {name!r}{close_match(name, _RECIPES)}")
+    return _RECIPES[name]()

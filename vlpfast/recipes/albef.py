@@ -1,0 +1,89 @@
+"""ALBEF: contrast, matching and masked language modelling with a momentum teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from vlpfast.data.config import DataConfig
+from vlpfast.models.presets import preset_config
+from vlpfast.objectives.config import ObjectivesConfig
+from vlpfast.train.config import OptimConfig, RunConfig, TrainConfig
+
+
+def compact(size: str) -> RunConfig:
+    """`tiny` or `small`, for data sets of thousands of pairs on a CPU or one GPU."""
+    return RunConfig(
+        name=f"albef_{size}",
+        model=preset_config("albef", size, context_length=64),
+        objectives=ObjectivesConfig(
+            itc=1.0,
+            itm=1.0,
+            mlm=1.0,
+            momentum=0.995,
+            queue_size=2048,
+            alpha=0.4,
+            alpha_ramp_steps=500,
+        ),
+        data=DataConfig(path="", max_tokens=32, vocab_size=4096, crop_scale=(0.6, 1.0)),
+        optim=OptimConfig(
+            lr=5e-4,
+            wd=0.05,
+            beta2=0.98,
+            eps=1e-8,
+            warmup=200,
+            grad_clip_norm=1.0,
+            lr_multipliers=(("scale", 0.1),),
+        ),
+        train=TrainConfig(
+            batch_size=128, steps=3000, precision="fp32", log_every_n_steps=50, save_every=500
+        ),
+    )
+
+
+def scenes(*, steps: int = 650, name: str = "albef_scenes") -> RunConfig:
+    """The compact full model on the embedded data: minutes on two cores."""
+    config = compact("tiny")
+    return replace(
+        config,
+        name=name,
+        model=preset_config("albef", "tiny", context_length=64, vocab_size=512),
+        data=replace(config.data, crop_scale=(1.0, 1.0), vocab_size=512, max_tokens=48),
+        optim=replace(config.optim, lr=1e-3, warmup=100),
+        objectives=replace(config.objectives, alpha_ramp_steps=400),
+        train=replace(config.train, batch_size=64, steps=steps),
+    )
+
+
+def base() -> RunConfig:
+    """The published pre-training: 8 GPUs of 64 pairs, 30 epochs of the 4M set.
+
+    Source: Li et al. 2021, arXiv:2107.07651, section 3.5; salesforce/ALBEF configs/Pretrain.yaml.
+    There, the rate decays once an epoch and alpha ramps over epoch 0; here both go by steps (8,000
+    steps are about one epoch of the 4M set).
+    """
+    return RunConfig(
+        name="albef_base",
+        model=preset_config("albef", "base"),
+        objectives=ObjectivesConfig(
+            itc=1.0,
+            itm=1.0,
+            mlm=1.0,
+            momentum=0.995,
+            queue_size=65536,
+            alpha=0.4,
+            alpha_ramp_steps=8000,
+        ),
+        data=DataConfig(path="", max_tokens=25, vocab_size=30522, crop_scale=(0.2, 1.0), hflip=0.5),
+        optim=OptimConfig(lr=1e-4, wd=0.02, beta2=0.999, eps=1e-8, warmup=2000, min_lr=1e-5),
+        train=TrainConfig(batch_size=64, epochs=30, precision="amp_bf16"),
+    )
+
+
+RECIPES = {
+    "tiny": partial(compact, "tiny"),
+    "small": partial(compact, "small"),
+    "base": base,
+    "scenes": scenes,
+    "scenes_long": partial(scenes, steps=5000, name="albef_scenes_long"),
+}

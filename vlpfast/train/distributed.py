@@ -1,0 +1,118 @@
+"""The processes of a run (torch.distributed): who am I, sums over all, waiting with a reason."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import inspect
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all.
+
+    Attributes:
+        rank: number of this process, 0 writes the run folder.
+        size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs and checkpoints."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sums `tensor` over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """`module` with gradients averaged over all processes.
+
+        Buffers (queues, counters) are not broadcast: every process computes the same ones.
+        """
+        if self.size == 1:
+            return module
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        # TODO(torch>=2.13): the new name only.
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        unsynced = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return DistributedDataParallel(
+            module, device_ids=device_ids, gradient_as_bucket_view=True, **unsynced
+        )
+
+    @contextlib.contextmanager
+    def main_first(self, reason: str) -> Iterator[None]:
+        """The main process runs the body before all others do (it fills a cache that they read)."""
+        if not self.is_main:
+            self.barrier(reason)
+        try:
+            yield
+        finally:
+            # Also when the body failed: the others then run it, and fail in the same way.
+            if self.is_main:
+                self.barrier(reason)
+
+    def barrier(self, reason: str, minutes: float = 30.0) -> None:
+        """Waits for all processes.
+
+        Raises:
+            RuntimeError: some did not come; says what was waited for, and (gloo) who is missing.
+        """
+        if self.size == 1:
+            return
+        try:
+            if dist.get_backend() == "gloo":
+                dist.monitored_barrier(timeout=datetime.timedelta(minutes=minutes))
+            else:
+                dist.barrier(device_ids=[self.device.index])
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process {self.rank} waited in vain for {reason}: {error}"
+            ) from error
+
+
+@contextlib.contextmanager
+def open_world(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
+    """Joins the processes that torchrun started, or is alone; leaves them at the end.
+
+    A process group that stands already is used and left standing.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    owned = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if owned:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        if dist.is_initialized():
+            yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        else:
+            yield World(0, 1, chosen)
+    finally:
+        if owned:
+            dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise NotImplementedError("train.device='cuda' needs a CUDA GPU, and torch sees none here")
+    return torch.device("cuda", local_rank)
