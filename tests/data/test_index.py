@@ -1,0 +1,407 @@
+"""The index: every source format, every kind of damage, staleness, selections, tokens."""
+
+import csv
+import json
+import os
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests._images import encode, picture, write_jsonl, write_set, write_tar
+from vlpfast.data import index as index_module
+from vlpfast.data.build import stable_id
+from vlpfast.data.decode import decode_rgb, inspect
+from vlpfast.data.index import Index
+from vlpfast.data.tokenizer import Tokenizer
+
+JPEG = encode(picture(0), "JPEG")
+PNG = encode(picture(1), "PNG")
+
+
+def _json(**fields) -> bytes:
+    return json.dumps(fields).encode()
+
+
+# Formats
+
+
+def test_jsonl(tmp_path):
+    index = Index.open(write_set(tmp_path, 7))
+    assert (index.num_samples, index.num_captions) == (7, 13)
+    assert index.captions(2) == [f"caption {c} of picture 2" for c in range(3)]
+    assert index.record(2) == {"number": 2, "parity": "even"}
+    assert index.name(2) == "2.png"
+    assert index.image_bytes(2) == (tmp_path / "2.png").read_bytes()
+    assert index.image_ids.tolist() == list(range(7))
+    assert index.column("width").tolist() == [40] * 7
+    assert index.column("height").tolist() == [32] * 7
+    assert index.invalid == {}
+    assert list(index.iter_captions())[:3] == [
+        "caption 0 of picture 0",
+        "caption 0 of picture 1",
+        "caption 1 of picture 1",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize(
+    ("image_key", "caption_key", "names"),
+    [
+        ("filepath", "title", {}),
+        ("image", "caption", {}),
+        ("url", "text", {"image_key": "url", "caption_key": "text"}),
+    ],
+)
+def test_csv(tmp_path, suffix, image_key, caption_key, names):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    path = tmp_path / f"set{suffix}"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",")
+        writer.writerow([image_key, caption_key, "size"])
+        writer.writerow(["a.jpg", 'a "red", two-line\nköttbulle', "3"])
+    index = Index.open(path, **names)
+    assert index.captions(0) == ['a "red", two-line\nköttbulle']
+    assert index.record(0) == {"size": "3"}
+
+
+def test_json_list(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    rows = [{"image": "a.jpg", "caption": ["one", "two"], "image_id": 17}]
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    index = Index.open(tmp_path / "set.json")
+    assert index.captions(0) == ["one", "two"]
+    assert index.image_ids.tolist() == [17]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_formats(tmp_path, format):
+    long = "d/" + "n" * (90 if format == tarfile.USTAR_FORMAT else 150)
+    members = [
+        ("a.jpg", JPEG),
+        ("a.txt", b"with text\n"),
+        ("b.JPG", JPEG),
+        ("b.json", _json(caption="with json", x=1)),
+        ("dir/c.PnG", PNG),
+        ("dir/c.json", _json(captions=["one", "two"])),
+        ("dir/c.cls", b"7"),
+        (f"{long}.jpg", JPEG),
+        (f"{long}.txt", "long ñame".encode()),
+    ]
+    index = Index.open(write_tar(tmp_path / "x.tar", members, format))
+    assert index.num_samples == 4
+    assert [index.captions(i) for i in range(4)] == [
+        ["with text"],
+        ["with json"],
+        ["one", "two"],
+        ["long ñame"],
+    ]
+    assert index.record(1) == {"x": 1}
+    assert index.name(2) == "x.tar/dir/c.PnG"
+    assert [index.image_bytes(i) for i in range(4)] == [JPEG, JPEG, PNG, JPEG]
+
+
+def test_folder_of_shards(tmp_path):
+    for shard in range(3):
+        members = [
+            m
+            for i in range(2)
+            for m in ((f"{i}.png", PNG), (f"{i}.json", _json(caption=f"{shard}/{i}")))
+        ]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    index = Index.open(tmp_path)
+    assert [index.captions(i)[0] for i in range(6)] == ["0/0", "0/1", "1/0", "1/1", "2/0", "2/1"]
+    assert index.name(5) == "2.tar/1.png"
+
+
+# Damage
+
+_DAMAGE = {
+    "empty": (b"", "empty"),
+    "zeros": (bytes(500), "not an image"),
+    "html": (b"<!DOCTYPE html><html>404</html>", "not an image"),
+    "cut_jpeg": (JPEG[:-20], "truncated JPEG"),
+    "cut_half": (JPEG[: len(JPEG) * 3 // 4], "truncated JPEG"),
+    "cut_header": (JPEG[:30], "not an image|truncated"),
+    "cut_png": (PNG[:-20], "truncated PNG"),
+    "cut_webp": (encode(picture(2), "WEBP")[:-40], "truncated WEBP|not an image"),
+}
+
+
+@pytest.mark.parametrize("kind", list(_DAMAGE))
+@pytest.mark.parametrize("container", ["tar", "jsonl"])
+def test_damaged_images(tmp_path, kind, container):
+    data, reason = _DAMAGE[kind]
+    if container == "tar":
+        members = [("0.jpg", JPEG), ("0.txt", b"good"), ("1.jpg", data), ("1.txt", b"bad")]
+        index = Index.open(write_tar(tmp_path / "x.tar", members))
+    else:
+        (tmp_path / "0.jpg").write_bytes(JPEG)
+        (tmp_path / "1.jpg").write_bytes(data)
+        rows = [{"image": f"{i}.jpg", "caption": "c"} for i in range(2)]
+        index = Index.open(write_jsonl(tmp_path / "set.jsonl", rows))
+    assert index.num_samples == 1
+    assert list(index.invalid) == ["1.jpg"]
+    with pytest.raises(ValueError, match=reason) as error:
+        inspect(data)
+    assert index.invalid["1.jpg"] == str(error.value)
+
+
+def test_thumbnail_does_not_hide_truncation():
+    """The end marker of an EXIF thumbnail is not the image's."""
+    thumbnail = encode(picture(3).resize((8, 8)), "JPEG")
+    segment = b"\xff\xe1" + (len(thumbnail) + 8).to_bytes(2, "big") + b"Exif\0\0" + thumbnail
+    whole = JPEG[:2] + segment + JPEG[2:]
+    assert inspect(whole) == (40, 32, True)
+    with pytest.raises(ValueError, match="truncated"):
+        inspect(whole[:-10])
+    assert inspect(whole + bytes(10_000)) == (40, 32, True)
+
+
+def test_verify_decode_finds_damage_inside(tmp_path):
+    broken = bytearray(PNG)
+    broken[len(PNG) // 2] ^= 0xFF  # the zlib checksum no longer fits
+    assert inspect(bytes(broken))[:2] == (40, 32)
+    members = [("0.png", PNG), ("0.txt", b"a"), ("1.png", bytes(broken)), ("1.txt", b"b")]
+    path = write_tar(tmp_path / "x.tar", members)
+    assert Index.open(path, verify="header").num_samples == 2
+    index = Index.open(path, verify="decode")
+    assert index.num_samples == 1
+    assert "does not decode" in index.invalid["1.png"]
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("1.jpg", JPEG), ("1.txt", b"  \n")], "empty caption"),
+        ([("1.jpg", JPEG), ("1.txt", b"caf\xe9")], "not UTF-8"),
+        ([("1.jpg", JPEG), ("1.json", b'{"caption": "caf\xe9"}')], "not UTF-8"),
+        ([("1.jpg", JPEG), ("1.json", b'{"caption": "\\ud800"}')], "not UTF-8"),
+        ([("1.jpg", JPEG), ("1.json", b"{caption")], "not JSON"),
+        ([("1.jpg", JPEG), ("1.json", b"[1]")], "not an object"),
+        ([("1.jpg", JPEG), ("1.json", _json(captions=[]))], "empty caption"),
+        ([("1.jpg", JPEG)], "no caption"),
+        ([("1.txt", b"alone")], "no image"),
+    ],
+)
+def test_damaged_captions(tmp_path, members, reason):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", JPEG), ("0.txt", b"good"), *members])
+    index = Index.open(path)
+    assert index.num_samples == 1
+    assert [reason in r for r in index.invalid.values()] == [True]
+
+
+def test_interleaved_members_are_named(tmp_path):
+    names = ["a.jpg", "b.jpg", "a.txt", "b.txt"]
+    data = {"jpg": JPEG, "txt": b"text"}
+    write_tar(tmp_path / "x.tar", [(n, data[n[-3:]]) for n in names])
+    index = Index.open(tmp_path / "x.tar", allow_empty=True)
+    assert index.num_samples == 0
+    assert list(index.invalid) == ["a.jpg", "b.jpg", "x.tar/a", "x.tar/b"]
+    with pytest.raises(ValueError, match="no valid sample"):
+        Index.open(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("keep", [700, 1200, 2000, 3300, 4900])
+def test_cut_tar(tmp_path, keep):
+    members = [m for i in range(3) for m in ((f"{i}.jpg", JPEG), (f"{i}.txt", b"text"))]
+    path = write_tar(tmp_path / "x.tar", members, tarfile.USTAR_FORMAT)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    index = Index.open(path, allow_empty=True)
+    assert index.num_samples < 3
+    assert index.invalid
+    for i in range(index.num_samples):
+        assert index.image_bytes(i) == JPEG
+        assert index.captions(i) == ["text"]
+
+
+def test_not_a_tar(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"nonsense" * 200)
+    with pytest.raises(ValueError, match=r"x.tar: no valid sample.*cannot be read"):
+        Index.open(tmp_path / "x.tar")
+
+
+def test_missing_image_is_named(tmp_path):
+    path = write_set(tmp_path, 3)
+    (tmp_path / "1.png").unlink()
+    index = Index.open(path)
+    assert index.num_samples == 2
+    assert index.invalid == {"1.png": f"missing file: {tmp_path / '1.png'}"}
+    assert index.captions(1) == ["caption 0 of picture 2", *index.captions(1)[1:]]
+
+
+# Usage errors
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"img": "0.jpg", "caption": "c"}, r"set.jsonl:2: no key with an image path.*\['caption'"),
+        ({"image": "0.jpg", "text": "c"}, r"set.jsonl:2: no key with a caption.*'image', 'text'"),
+        ({"image": "0.jpg", "caption": 3}, r"set.jsonl:2: 'caption' must be a string.*got 3"),
+        ({"image": 3, "caption": "c"}, r"set.jsonl:2: 'image' must be a path, got 3"),
+    ],
+)
+def test_wrong_keys_are_named(tmp_path, row, message):
+    (tmp_path / "0.jpg").write_bytes(JPEG)
+    path = write_jsonl(tmp_path / "set.jsonl", [{"image": "0.jpg", "caption": "c"}, row])
+    with pytest.raises(ValueError, match=message):
+        Index.open(path)
+    assert not list(tmp_path.glob("*set.jsonl.index*/")), "a failed build leaves nothing behind"
+
+
+def test_bad_sources_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        Index.open(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match=r"without \*.tar shards"):
+        Index.open(tmp_path)
+    (tmp_path / "x.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match="unknown format"):
+        Index.open(tmp_path / "x.zip")
+    (tmp_path / "x.jsonl").write_text("{nope\n")
+    with pytest.raises(ValueError, match=r"x.jsonl:1: not JSON"):
+        Index.open(tmp_path / "x.jsonl")
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected a list of objects, found dict"):
+        Index.open(tmp_path / "x.json")
+
+
+# Staleness, selections, tokens
+
+
+def test_built_once_and_rebuilt_when_stale(tmp_path, monkeypatch, caplog):
+    path = write_set(tmp_path, 3)
+    Index.open(path)
+    built = []
+    build = index_module.build_tables
+    monkeypatch.setattr(
+        index_module, "build_tables", lambda *a, **k: (built.append(1), build(*a, **k))
+    )
+    assert Index.open(path).num_samples == 3
+    assert not built
+    with path.open("a") as file:
+        file.write(json.dumps({"image": "0.png", "caption": "again"}) + "\n")
+    assert Index.open(path).num_samples == 4
+    assert len(built) == 1
+    assert "is stale (fingerprint changed): rebuilding" in caplog.text
+    os.utime(path, ns=(1, 1))
+    Index.open(path)
+    Index.open(path, verify="decode")
+    assert len(built) == 3
+    Index.open(path, verify="header")
+    assert len(built) == 3
+
+
+def test_where_and_ids(tmp_path):
+    index = Index.open(write_set(tmp_path, 7))
+    odd = index.where({"parity": "odd"})
+    assert [odd.record(i)["number"] for i in range(odd.num_samples)] == [1, 3, 5]
+    assert odd.image_ids.tolist() == [1, 3, 5]
+    assert odd.captions(1) == index.captions(3)
+    assert index.where({"number": ["2", "5"], "parity": "odd"}).num_samples == 1
+    with pytest.raises(ValueError, match=r"no sample has.*fields are \['number', 'parity'\]"):
+        index.where({"parity": "none"})
+    ids = index.with_ids("parity").image_ids
+    assert len(set(ids.tolist())) == 2
+    assert ids[1] == ids[3] == stable_id("odd")
+    assert odd.with_ids("parity").image_ids.tolist() == [stable_id("odd")] * 3
+    with pytest.raises(ValueError, match=r"0.png has no field 'none', found"):
+        index.with_ids("none")
+
+
+def test_stable_ids():
+    assert stable_id(5) == 5
+    assert stable_id("5") != 5
+    # The hash is part of the format of what is stored.
+    assert stable_id("dog") == 7824293080659498834
+    assert all(0 <= stable_id(v) < 2**63 for v in ("", "ñ", "\ud800", [1, 2], 3.5, True, -4, 2**63))
+
+
+def test_tokens(tmp_path):
+    index = Index.open(write_set(tmp_path, 7))
+    tokenizer = Tokenizer.train(index.iter_captions(), 300)
+    table = index.tokens(tokenizer, 12)
+    first, count = index.caption_ranges(np.array([2, 0]))
+    assert (first.tolist(), count.tolist()) == ([3, 0], [3, 1])
+    text = table.ragged(first)
+    expected = tokenizer.encode([index.captions(2)[0], index.captions(0)[0]], 12)
+    assert text.values.tolist() == expected[0] + expected[1]
+    assert text.cu_seqlens.tolist() == [0, len(expected[0]), len(expected[0]) + len(expected[1])]
+    assert text.max_len == max(map(len, expected))
+    # Cached by tokenizer and length.
+    assert index.tokens(tokenizer, 12).values.tolist() == table.values.tolist()
+    assert len(index.tokens(tokenizer, 4).values) == 4 * 13
+    odd = index.where({"parity": "odd"})
+    (start,), _ = odd.caption_ranges(np.array([0]))
+    assert start == 1
+
+
+def test_built_by_one_of_many(tmp_path, monkeypatch):
+    """Openers at the same time wait for the one that builds: the lock holds for threads too."""
+    path = write_set(tmp_path, 20)
+    built = []
+    build = index_module.build_tables
+    monkeypatch.setattr(
+        index_module, "build_tables", lambda *a, **k: (built.append(1), build(*a, **k))
+    )
+    with ThreadPoolExecutor(4) as pool:
+        sizes = list(pool.map(lambda _: Index.open(path).num_samples, range(4)))
+    assert sizes == [20] * 4
+    assert len(built) == 1
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "1", "LA", "RGBA", "I;16"])
+def test_modes_become_rgb(mode):
+    image = picture(4)
+    gray = np.asarray(image.convert("L"))
+    expected, tolerance = np.asarray(image), 0.0
+    if mode == "RGBA":
+        image.putalpha(128)
+        expected = (expected.astype(float) * 128 + 255 * 127) / 255
+        data, tolerance = encode(image, "PNG"), 1.0
+    elif mode == "CMYK":
+        data, tolerance = encode(image.convert("CMYK"), "TIFF"), 1.0
+    elif mode == "P":
+        paletted = image.quantize(64)
+        expected, data = np.asarray(paletted.convert("RGB")), encode(paletted, "PNG")
+    elif mode == "1":
+        expected = np.asarray(image.convert("1").convert("RGB"))
+        data = encode(image.convert("1"), "PNG")
+    elif mode == "I;16":
+        data = encode(Image.fromarray(gray.astype(np.uint16) * 257), "PNG")
+        expected = np.repeat(gray[..., None], 3, -1)
+    elif mode in ("L", "LA"):
+        data = encode(image.convert(mode), "PNG")
+        expected = np.repeat(gray[..., None], 3, -1)
+    else:
+        data = encode(image, "PNG")
+    decoded = np.asarray(decode_rgb(data)).astype(float)
+    assert decoded.shape == (32, 40, 3)
+    assert np.abs(decoded - expected).max() <= tolerance
+    plain = inspect(data)[2]
+    assert plain == (mode in ("RGB", "L", "P", "1"))
+
+
+def test_transparent_is_white():
+    image = picture(5).convert("RGBA")
+    image.putalpha(0)
+    for data in (encode(image, "PNG"), encode(image.quantize(16), "PNG")):
+        assert (np.asarray(decode_rgb(data)) == 255).all()
+        assert not inspect(data)[2]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(6), "JPEG", exif=exif)
+    width, height, plain = inspect(data)
+    assert decode_rgb(data).size == (width, height)
+    assert (width, height) == ((40, 32) if orientation < 5 else (32, 40))
+    assert plain

@@ -1,0 +1,176 @@
+"""Building an index: every sample of a source checked and written into tables, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from vlpfast.data.decode import inspect
+from vlpfast.data.sources import SourceRow, containers, is_table, iter_rows
+from vlpfast.data.tables import BytesColumn, Column
+
+FORMAT_VERSION = 1
+_CHUNK = 1024
+COLUMNS = {
+    "container": np.int32,
+    "offset": np.int64,
+    "size": np.int64,
+    "width": np.int32,
+    "height": np.int32,
+    "plain": np.bool_,
+    "caption_starts": np.int64,
+    "image_ids": np.int64,
+}
+BYTES = ("containers", "names", "captions", "records", "invalid_names", "invalid_reasons")
+_LOG = logging.getLogger("vlpfast.data")
+
+
+def stable_id(value: object) -> int:
+    """63-bit identity of a record value on every machine: integers stay, all else is hashed."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
+        return value
+    text = json.dumps(value, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def fingerprint(source: Path) -> str:
+    """Hash of names, sizes and times of a source's files; of a table not its images."""
+    digest = hashlib.sha256()
+    for path in containers(source):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def build_tables(
+    source: Path,
+    folder: Path,
+    meta: dict,
+    *,
+    image_key: str,
+    caption_key: str,
+    verify: str,
+    require_captions: bool,
+) -> None:
+    """Writes the tables of `source` into `folder`, all or nothing."""
+    if verify not in ("header", "decode"):
+        raise ValueError(f"verify must be 'header' or 'decode', got {verify!r}")
+    with atomic(folder) as temporary, ThreadPoolExecutor() as pool:
+        temporary.mkdir(parents=True)
+        writer = _Writer(temporary)
+        if not is_table(source):
+            for path in containers(source):
+                writer.strings["containers"].append(path.name.encode())
+        check = _checker(source, verify, require_captions)
+        rows = iter_rows(source, image_key=image_key, caption_key=caption_key)
+        while chunk := list(itertools.islice(rows, _CHUNK)):
+            for row, found in zip(chunk, pool.map(check, chunk), strict=True):
+                writer.add(row, found)
+        writer.close()
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+    if writer.num_invalid:
+        _LOG.warning("%s: %d invalid samples left out", source, writer.num_invalid)
+
+
+def _checker(
+    source: Path, verify: str, require_captions: bool
+) -> Callable[[SourceRow], tuple[int, int, int, bool] | str]:
+    """A function from a row to (size, width, height, plain), or to the reason why it is invalid."""
+    shards = [] if is_table(source) else containers(source)
+
+    def check(row: SourceRow) -> tuple[int, int, int, bool] | str:
+        if row.problem:
+            return row.problem
+        if require_captions and not row.captions:
+            return "empty caption"
+        path = source.parent / row.name if row.container < 0 else shards[row.container]
+        try:
+            with open(path, "rb") as file:
+                file.seek(row.offset)
+                data = file.read(row.size)
+            return len(data), *inspect(data, full=verify == "decode")
+        except FileNotFoundError:
+            return f"missing file: {path}"
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    return check
+
+
+class _Writer:
+    """Appends valid samples to the tables and invalid ones to the list of reasons."""
+
+    def __init__(self, folder: Path) -> None:
+        self.columns = {name: Column(folder / f"{name}.npy", d) for name, d in COLUMNS.items()}
+        self.strings = {name: BytesColumn(folder, name) for name in BYTES}
+        self.num_rows = self.num_invalid = self._num_captions = 0
+        self.columns["caption_starts"].append(0)
+
+    def add(self, row: SourceRow, found: tuple[int, int, int, bool] | str) -> None:
+        number, self.num_rows = self.num_rows, self.num_rows + 1
+        if isinstance(found, str):
+            self.num_invalid += 1
+            self.strings["invalid_names"].append(os.fsencode(row.name))
+            self.strings["invalid_reasons"].append(found.encode(errors="replace"))
+            return
+        self._num_captions += len(row.captions)
+        values = (row.container, row.offset, *found, self._num_captions)
+        image_id = stable_id(row.record["image_id"]) if "image_id" in row.record else number
+        for column, value in zip(self.columns.values(), (*values, image_id), strict=True):
+            column.append(value)
+        self.strings["names"].append(os.fsencode(row.name))
+        for caption in row.captions:
+            self.strings["captions"].append(caption.encode())
+        self.strings["records"].append(json.dumps(row.record).encode())
+
+    def close(self) -> None:
+        for column in (*self.columns.values(), *self.strings.values()):
+            column.close()
+
+
+def read_meta(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "meta.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return {}
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lets one process at a time build `folder`; the others wait."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: cannot be written ({error}); name another index_dir"
+        ) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,101 @@
+"""DataConfig: which data a run reads and how each image and caption is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data of a run.
+
+    Attributes:
+        path: folder of *.tar shards, .tar, .jsonl, .json, .csv or .tsv.
+        loader: "dali", "torch" (Pillow in threads), or "auto": DALI where it is installed and
+            there is a GPU, else torch. Both draw the same crops; pixels differ by rounding.
+        where: "field=value" conditions on the records; several values of one field are
+            alternatives.
+        id_key: record field that tells which samples show the same thing; empty: each sample its
+            own (or the record's `image_id`).
+        image_key, caption_key: column names in a table; empty: image | filepath, captions | caption
+            | title.
+        index_dir: folder of the index; empty: `<path>.index`.
+        verify: "header" or "decode": how each image is checked when the index is built.
+        tokenizer: "train" on this data, "clip", or path of a tokenizer file (.json) or a CLIP
+            vocabulary (.txt.gz).
+        vocab_size: upper bound for "train".
+        max_tokens: longest caption with start and end token; longer ones lose their tail.
+        crop_scale: area of a training crop as a share of the image; (1, 1) takes the evaluation
+            crop.
+        crop_ratio: width / height of a training crop before it is resized to a square.
+        eval_crop: "center" square or "squash" of the whole image.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength s of brightness, contrast and saturation, factors in [1 - s, 1 + s].
+        grayscale: probability of losing all colour.
+        interpolation: resize filter, antialiased.
+        window: 0 shuffles everything; else samples of a block of this many neighbours stay
+            together.
+        workers: loading threads; 0 takes half of this process's cores, at most 8.
+        prefetch: batches made ahead of the step.
+        cache_gib: memory for decoded images (torch loader); 0 decodes at each draw.
+    """
+
+    path: str
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    where: tuple[str, ...] = ()
+    id_key: str = ""
+    image_key: str = ""
+    caption_key: str = ""
+    index_dir: str = ""
+    verify: Literal["header", "decode"] = "header"
+    tokenizer: str = "train"
+    vocab_size: int = 4096
+    max_tokens: int = 32
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    eval_crop: Literal["center", "squash"] = "center"
+    hflip: float = 0.0
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
+    interpolation: Literal["bicubic", "linear"] = "bicubic"
+    window: int = 0
+    workers: int = 0
+    prefetch: int = 4
+    cache_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale must be 0 < low <= high <= 1, got {self.crop_scale}")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio must be 0 < low <= high, got {self.crop_ratio}")
+        for name in ("hflip", "grayscale", "color_jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name, least in (("workers", 0), ("prefetch", 1), ("cache_gib", 0), ("window", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens must be >= 2, got {self.max_tokens}")
+        choices = {
+            "loader": ("auto", "dali", "torch"),
+            "verify": ("header", "decode"),
+            "eval_crop": ("center", "squash"),
+            "interpolation": ("bicubic", "linear"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        for condition in self.where:
+            if "=" not in condition:
+                raise ValueError(f"where must be 'field=value', got {condition!r}")
+
+    @property
+    def conditions(self) -> dict[str, list[str]]:
+        """`where` as field -> alternatives."""
+        found: dict[str, list[str]] = {}
+        for condition in self.where:
+            field, _, value = condition.partition("=")
+            found.setdefault(field, []).append(value)
+        return found

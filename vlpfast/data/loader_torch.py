@@ -1,0 +1,251 @@
+"""The loader that Pillow decodes for: batches drawn from the plan, made ahead in threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlpfast.data import augment
+from vlpfast.data.batch import Batch
+from vlpfast.data.config import DataConfig
+from vlpfast.data.decode import crop_resize, decode_rgb
+from vlpfast.data.index import Index
+from vlpfast.data.plan import StreamPlan, share
+from vlpfast.data.tokenizer import Tokenizer
+from vlpfast.ragged import Ragged
+
+_MAX_REDRAWS = 16
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# Pillow keeps RGB in four bytes a pixel.
+_CACHED_BYTES_PER_PIXEL = 4
+
+
+@dataclass
+class Draws:
+    """What one batch takes from the data, before any image is opened.
+
+    Attributes:
+        positions (B,): places in the stream.
+        samples (B,): rows of the index.
+        boxes (B, 4): x, y, width, height of the crops.
+        captions (B,): caption ids in the token table; -1 where a sample has no caption.
+    """
+
+    positions: np.ndarray
+    samples: np.ndarray
+    boxes: np.ndarray
+    captions: np.ndarray
+
+    def select(self, rows: np.ndarray) -> Draws:
+        """The draws of `rows` only."""
+        return Draws(*(a[rows] for a in (self.positions, self.samples, self.boxes, self.captions)))
+
+
+class TorchLoader:
+    """Batches of one rank, decoded by Pillow in threads.
+
+    Training (`train=True`) never ends and starts at `start_step`. Evaluation passes once over this
+    rank's share, takes the evaluation crop and the first caption, and its last batch may be
+    smaller.
+
+    A sample that does not decode is named in `corrupt`. In training another sample, drawn by (seed,
+    position), takes its place; in evaluation its row is missing.
+
+    Attributes:
+        corrupt: name -> reason of samples that did not decode.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        config: DataConfig,
+        *,
+        tokenizer: Tokenizer,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        train: bool = True,
+        start_step: int = 0,
+    ) -> None:
+        self.index, self.config, self.tokenizer = index, config, tokenizer
+        self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
+        self.train, self.start_step = train, start_step
+        self.corrupt: dict[str, str] = {}
+        self.plan = StreamPlan(index.num_samples, batch_size, seed, rank, world, config.window)
+        self._share = None if train else share(index.num_samples, rank, world)
+        self._tokens = index.tokens(tokenizer, config.max_tokens)
+        self.num_workers = config.workers or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+        self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="vlpfast-data")
+        self._pin = torch.cuda.is_available()
+        self._cache: dict[int, Image.Image] = {}
+        self._cache_left = int(config.cache_gib * 2**30)
+        self._cache_lock = threading.Lock()
+        self._undecodable: set[int] = set()
+
+    def __len__(self) -> int:
+        """Number of batches of one evaluation pass or one training epoch, begun ones counted."""
+        num_samples = self.index.num_samples if self.train else len(self._share)
+        per_batch = self.batch_size * (self.plan.world if self.train else 1)
+        return -(-num_samples // per_batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        steps = iter(range(self.start_step, 2**62) if self.train else range(len(self)))
+        ahead: deque[Future[Batch]] = deque()
+        try:
+            while True:
+                # A batch is one task: `prefetch` are under way or ready while the step runs.
+                while len(ahead) < self.config.prefetch + 1:
+                    step = next(steps, None)
+                    if step is None:
+                        break
+                    ahead.append(self._pool.submit(self.load, step))
+                if not ahead:
+                    return
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def close(self) -> None:
+        """Stops the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def load(self, step: int) -> Batch:
+        """The batch of one step; the same whenever and in whatever thread it is made."""
+        draws = self.draws(step)
+        images, draws = self._images(draws)
+        positions = torch.from_numpy(draws.positions)
+        images = self._augment(images, positions.to(images.device))
+        text = self._text(draws)
+        return Batch(
+            images=images.pin_memory() if self._pin and not images.is_cuda else images,
+            text=text,
+            image_ids=torch.from_numpy(np.array(self.index.at("image_ids", draws.samples))),
+            sample_ids=torch.from_numpy(draws.samples),
+            positions=positions,
+        )
+
+    def draws(self, step: int) -> Draws:
+        """Samples, crops and captions of one step."""
+        if self.train:
+            positions = self.plan.positions(step)
+            return self._draws_of(positions, self.plan.samples(positions))
+        samples = self._share[step * self.batch_size : (step + 1) * self.batch_size]
+        return self._draws_of(samples, samples)
+
+    def _draws_of(self, positions: np.ndarray, samples: np.ndarray) -> Draws:
+        config = self.config
+        widths, heights = self.index.at("width", samples), self.index.at("height", samples)
+        if self.train and config.crop_scale != (1.0, 1.0):
+            boxes = augment.crop_boxes(
+                widths,
+                heights,
+                positions,
+                seed=self.seed,
+                scale=config.crop_scale,
+                ratio=config.crop_ratio,
+            )
+        else:
+            boxes = augment.eval_boxes(widths, heights, config.eval_crop)
+        first, count = (torch.from_numpy(a) for a in self.index.caption_ranges(samples))
+        if self.train:
+            choice = augment.integers(
+                self.seed, torch.from_numpy(positions), augment.CAPTION, count
+            )
+            first = first + choice
+        captions = torch.where(count > 0, first, -1)
+        return Draws(positions, samples, boxes, captions.numpy())
+
+    def _text(self, draws: Draws) -> Ragged:
+        """Packed tokens of the drawn captions."""
+        if (draws.captions < 0).any():
+            name = self.index.name(int(draws.samples[draws.captions < 0][0]))
+            raise ValueError(f"{name} has no caption: it cannot be loaded as an image-text pair")
+        return self._tokens.ragged(draws.captions)
+
+    def _images(self, draws: Draws) -> tuple[Tensor, Draws]:
+        """uint8 crops (B, S, S, 3), and the draws with corrupt samples replaced or left out."""
+        images = self._empty(len(draws.samples))
+        return self._fill(images, draws, np.arange(len(draws.samples)))
+
+    def _empty(self, num_images: int) -> Tensor:
+        return torch.empty(num_images, self.image_size, self.image_size, 3, dtype=torch.uint8)
+
+    def _fill(self, images: Tensor, draws: Draws, rows: np.ndarray) -> tuple[Tensor, Draws]:
+        """Decodes `rows` of the batch into `images`; see `_images` for what it returns."""
+        pixels = images.numpy()
+        kept = np.ones(len(draws.samples), np.bool_)
+        for row in rows:
+            crop = self._decode(int(draws.samples[row]), draws.boxes[row])
+            if crop is None and self.train:
+                crop = self._redraw(draws, row)
+            kept[row] = crop is not None
+            if crop is not None:
+                pixels[row] = crop
+        if kept.all():
+            return images, draws
+        return images[torch.from_numpy(kept)], draws.select(kept)
+
+    def _redraw(self, draws: Draws, row: int) -> np.ndarray:
+        """Puts another sample, a function of the position, in the place of a corrupt one."""
+        position = draws.positions[row : row + 1]
+        for attempt in range(_MAX_REDRAWS):
+            counter = augment.REDRAW + attempt
+            key = torch.from_numpy(position)
+            sample = augment.integers(self.seed, key, counter, self.index.num_samples)
+            other = self._draws_of(position, sample.numpy())
+            crop = self._decode(int(sample), other.boxes[0])
+            if crop is not None:
+                draws.samples[row], draws.captions[row] = other.samples[0], other.captions[0]
+                draws.boxes[row] = other.boxes[0]
+                return crop
+        name, reason = next(reversed(self.corrupt.items()))
+        raise RuntimeError(
+            f"{self.index.source}: a corrupt sample and {_MAX_REDRAWS} drawn in its place are "
+            f"corrupt; {len(self.corrupt)} so far, last {name}: {reason}"
+        )
+
+    def _decode(self, sample: int, box: np.ndarray) -> np.ndarray | None:
+        """Crop of one sample; None, and an entry in `corrupt`, if it does not decode."""
+        try:
+            image = self._cache.get(sample) or self._open(sample)
+            return crop_resize(image, box, self.image_size, self.config.interpolation)
+        except _DECODE_ERRORS as error:
+            self.corrupt[self.index.name(sample)] = str(error)
+            self._undecodable.add(sample)
+            return None
+
+    def _open(self, sample: int) -> Image.Image:
+        image = decode_rgb(self.index.image_bytes(sample))
+        width, height = (int(self.index.at(n, np.array([sample]))[0]) for n in ("width", "height"))
+        if image.size != (width, height):
+            raise ValueError(f"image is {image.size}, the index says {(width, height)}")
+        if self._cache_left > 0:
+            with self._cache_lock:
+                if sample not in self._cache:
+                    self._cache[sample] = image
+                    self._cache_left -= width * height * _CACHED_BYTES_PER_PIXEL
+        return image
+
+    def _augment(self, images: Tensor, positions: Tensor) -> Tensor:
+        if not self.train:
+            return images
+        config, key = self.config, {"seed": self.seed, "positions": positions}
+        if config.hflip > 0:
+            images = augment.hflip(images, **key, probability=config.hflip)
+        if config.color_jitter > 0:
+            images = augment.color_jitter(images, **key, strength=config.color_jitter)
+        if config.grayscale > 0:
+            images = augment.grayscale(images, **key, probability=config.grayscale)
+        return images

@@ -1,0 +1,229 @@
+"""The rows of a data source, one at a time: JSONL, JSON, CSV, TSV or WebDataset tar shards.
+
+Images are not opened here.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+IMAGE_KEYS = ("image", "filepath")
+CAPTION_KEYS = ("captions", "caption", "title")
+_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+
+
+@dataclass
+class SourceRow:
+    """One sample as its source describes it.
+
+    Attributes:
+        name: path of the image file relative to the source's folder, or `member` in a shard.
+        container: number of its shard in `containers(source)`; -1 for a loose file.
+        offset, size: place of the image's bytes in the shard; 0, -1 for a loose file.
+        captions: non-empty captions.
+        record: the other fields.
+        problem: why the row cannot be a sample; empty if it can.
+    """
+
+    name: str
+    container: int = -1
+    offset: int = 0
+    size: int = -1
+    captions: list[str] = field(default_factory=list)
+    record: dict = field(default_factory=dict)
+    problem: str = ""
+
+
+def is_table(source: Path) -> bool:
+    """Whether `source` is a table that names loose image files (else: tar shards)."""
+    return source.suffix.lower() in _TABLES
+
+
+def containers(source: Path) -> list[Path]:
+    """The files of a source: the table, the shard, or all shards of a folder in name order."""
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    if source.is_dir():
+        shards = sorted(source.glob("*.tar"))
+        if not shards:
+            raise ValueError(
+                f"{source}: folder without *.tar shards; expected shards, or a path to a "
+                ".jsonl, .json, .csv or .tsv file"
+            )
+        return shards
+    if not is_table(source) and source.suffix.lower() != ".tar":
+        raise ValueError(
+            f"{source}: unknown format; expected .tar, .jsonl, .json, .csv, .tsv or a folder"
+        )
+    return [source]
+
+
+def iter_rows(source: Path, *, image_key: str = "", caption_key: str = "") -> Iterator[SourceRow]:
+    """All rows of `source` in order.
+
+    Args:
+        source: a table, a shard or a folder of shards.
+        image_key, caption_key: column names in a table; empty takes the first of `IMAGE_KEYS`,
+            `CAPTION_KEYS` that a row has.
+    """
+    if not is_table(source):
+        for number, shard in enumerate(containers(source)):
+            yield from _iter_shard(shard, number)
+        return
+    images = (image_key,) if image_key else IMAGE_KEYS
+    captions = (caption_key,) if caption_key else CAPTION_KEYS
+    readers = {".csv": _iter_csv, ".tsv": _iter_csv, ".json": _iter_json}
+    reader = readers.get(source.suffix.lower(), _iter_jsonl)
+    for place, fields in reader(source):
+        if isinstance(fields, str):
+            yield SourceRow(place, problem=fields)
+        else:
+            yield _table_row(place, fields, images, captions)
+
+
+def _table_row(
+    place: str, fields: dict, image_keys: tuple[str, ...], caption_keys: tuple[str, ...]
+) -> SourceRow:
+    image_key = _first_key(place, fields, image_keys, "an image path")
+    caption_key = _first_key(place, fields, caption_keys, "a caption")
+    name = fields[image_key]
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{place}: {image_key!r} must be a path, got {name!r}")
+    used = {image_key, caption_key}
+    record = {key: value for key, value in fields.items() if key not in used}
+    captions, problem = _clean_captions(place, caption_key, fields[caption_key])
+    return SourceRow(name, captions=captions, record=record, problem=problem)
+
+
+def _first_key(place: str, fields: dict, keys: tuple[str, ...], meaning: str) -> str:
+    for key in keys:
+        if key in fields:
+            return key
+    expected = " or ".join(repr(key) for key in keys)
+    raise ValueError(f"{place}: no key with {meaning}: expected {expected}, found {sorted(fields)}")
+
+
+def _clean_captions(place: str, key: str, value: object) -> tuple[list[str], str]:
+    """Non-empty captions and the problem of the row, if it has one."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise ValueError(f"{place}: {key!r} must be a string or a list of strings, got {value!r}")
+    captions = [text for v in values if (text := v.strip())]
+    for text in captions:
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            return [], "caption is not UTF-8"
+    return captions, ""
+
+
+def _iter_jsonl(source: Path) -> Iterator[tuple[str, dict | str]]:
+    with source.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{source}:{number}"
+            try:
+                fields = json.loads(line)
+            except UnicodeDecodeError:
+                yield place, "line is not UTF-8"
+                continue
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: not JSON: {error}") from error
+            yield place, _as_dict(place, fields)
+
+
+def _iter_json(source: Path) -> Iterator[tuple[str, dict]]:
+    try:
+        rows = json.loads(source.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{source}: not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{source}: expected a list of objects, found {type(rows).__name__}")
+    for number, fields in enumerate(rows):
+        place = f"{source}[{number}]"
+        yield place, _as_dict(place, fields)
+
+
+def _as_dict(place: str, fields: object) -> dict:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place}: expected a JSON object, found {type(fields).__name__}")
+    return fields
+
+
+def _iter_csv(source: Path) -> Iterator[tuple[str, dict | str]]:
+    delimiter = "\t" if source.suffix.lower() == ".tsv" else ","
+    # surrogateescape keeps undecodable bytes, which the caption check then names.
+    with source.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        for fields in reader:
+            place = f"{source}:{reader.line_num}"
+            if None in fields or None in fields.values():
+                yield place, f"row does not have {len(reader.fieldnames or ())} columns"
+            else:
+                yield place, fields
+
+
+def _iter_shard(shard: Path, container: int) -> Iterator[SourceRow]:
+    """The samples of one shard: adjacent members of one stem, image + .txt and/or .json."""
+    end = shard.stat().st_size
+    row, texts, stem = None, {}, None
+    try:
+        with tarfile.open(shard, "r:") as tar, shard.open("rb") as file:
+            for member in tar:
+                tar.members = []  # tarfile would keep every member ever seen
+                if not member.isreg():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                member_stem, _, extension = base.partition(".")
+                if (folder, member_stem) != stem:
+                    if stem is not None:
+                        yield _shard_row(row, texts, f"{shard.name}/{'/'.join(filter(None, stem))}")
+                    row, texts, stem = None, {}, (folder, member_stem)
+                if extension.lower() in _IMAGE_EXTENSIONS:
+                    row = SourceRow(member.name, container, member.offset_data, member.size)
+                    if member.offset_data + member.size > end:
+                        row.problem = f"shard is cut at byte {end}, inside this image"
+                elif extension.lower() in ("txt", "json"):
+                    file.seek(member.offset_data)
+                    texts[extension.lower()] = file.read(member.size)
+            if stem is not None:
+                yield _shard_row(row, texts, f"{shard.name}/{'/'.join(filter(None, stem))}")
+    except tarfile.TarError as error:
+        if stem is not None:
+            yield _shard_row(row, texts, f"{shard.name}/{'/'.join(filter(None, stem))}")
+        yield SourceRow(shard.name, problem=f"shard cannot be read to its end: {error}")
+
+
+def _shard_row(row: SourceRow | None, texts: dict[str, bytes], name: str) -> SourceRow:
+    if row is None:
+        return SourceRow(name, problem=f"no image: expected one of {', '.join(_IMAGE_EXTENSIONS)}")
+    if row.problem:
+        return row
+    try:
+        fields = json.loads(texts["json"]) if "json" in texts else {}
+        text = texts["txt"].decode() if "txt" in texts else None
+    except UnicodeDecodeError:
+        row.problem = "caption is not UTF-8"
+        return row
+    except json.JSONDecodeError as error:
+        row.problem = f".json is not JSON: {error}"
+        return row
+    if not isinstance(fields, dict):
+        row.problem = ".json is not an object"
+        return row
+    if not texts:
+        row.problem = "no caption: no .txt or .json beside the image (members must be adjacent)"
+        return row
+    key = next((k for k in CAPTION_KEYS[:2] if k in fields), "")
+    if text is None and not key:
+        keys = sorted(fields)
+        raise ValueError(f"{row.name}: .json has no 'caption' or 'captions' key, found {keys}")
+    value = fields.pop(key) if key else []
+    row.captions, row.problem = _clean_captions(row.name, key or "txt", text or value)
+    row.record = fields
+    return row
