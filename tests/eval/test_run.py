@@ -280,3 +280,13 @@ def test_names_what_does_not_fit(run_dir, table, data, tokenizer) -> None:
     (run_dir / "config.json").write_text('{"model": {"depth": 3}}')
     with pytest.raises(ValueError, match=r"config.json is not a run's configuration"):
         evaluate(run_dir, "retrieval", table, device="cpu")
+
+
+def test_selection_of_captions(model, data, tokenizer) -> None:
+    index = open_index(data)
+    options = EvalOptions(captions=(0,))
+    result = evaluate_model(model, index, tokenizer, data=data, options=options)["retrieval"]
+    # "a red circle" and its like once for each concept; the numbered second captions are left out.
+    assert result.counts == {"num_images": 11, "num_texts": 6, "num_ids": 6}
+    with pytest.raises(ValueError, match="captions: no sample has a caption"):
+        evaluate_model(model, index, tokenizer, data=data, options=replace(options, captions=(7,)))

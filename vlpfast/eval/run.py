@@ -40,6 +40,7 @@ class EvalOptions:
         rerank_k: candidates of each query that the matching head re-ranks; 0 is none.
         itc_weight: what the contrastive similarity adds to the matching score (BLIP: 1).
         pool_texts: "mean" makes one candidate of all texts of an id: scoring by concept.
+        captions: places of the captions that retrieval uses of each sample; empty: all.
         batch_size: images encoded at once, and texts.
         pairs_per_call: image-text pairs matched at once.
         max_samples: the first so many samples of the data; 0 is all.
@@ -50,6 +51,7 @@ class EvalOptions:
     rerank_k: int = 0
     itc_weight: float = 0.0
     pool_texts: PoolTexts = "none"
+    captions: tuple[int, ...] = ()
     batch_size: int = 128
     pairs_per_call: int = 512
     max_samples: int = 0
@@ -269,13 +271,16 @@ class _Evaluation:
             yield rows, self.model.encode_image(batch.images.to(self.device)).tokens
 
     def _captions(self, samples: Tensor) -> tuple[list[str], Tensor]:
-        """All captions of the samples and their ids; the same text for the same id counts once."""
-        image_ids = self.index.image_ids
+        """The samples' captions and their ids; the same text for the same id counts once."""
+        image_ids, places = self.index.image_ids, self.options.captions
         distinct = dict.fromkeys(
             (int(image_ids[i]), caption)
             for i in samples.tolist()
-            for caption in self.index.captions(i)
+            for place, caption in enumerate(self.index.captions(i))
+            if not places or place in places
         )
+        if not distinct:
+            raise ValueError(f"captions: no sample has a caption at any of the places {places}")
         ids, captions = zip(*distinct, strict=True)
         return list(captions), torch.tensor(ids)
 

@@ -49,7 +49,7 @@ def param_groups(
         if not any(name.startswith(prefix) for name in names):
             parts = sorted({name.partition(".")[0] for name in names})
             raise ValueError(
-                f"optim.lr_multipliers: no parameter starts with {prefix!r}; they start with {parts}"
+                f"optim.lr_multipliers: no parameter starts with {prefix!r}; known: {parts}"
             )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
