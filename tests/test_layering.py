@@ -21,7 +21,7 @@ LAYERS = [
     {"layers"},
     {"ops"},
     {"kernels", "_ext"},
-    {"ragged"},
+    {"config", "ragged"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # For people and tests, above everything: no layer imports them, except the CLI.

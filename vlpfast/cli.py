@@ -389,13 +389,11 @@ def _parse(prog: str, kind: type, args: Sequence[str], description: str, **defau
 
 
 def _pick(what: str, name: str, known: dict[str, Callable]) -> Callable:
-    from difflib import get_close_matches
+    from vlpfast.config import close_match
 
-    if name in known:
-        return known[name]
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    raise UsageError(f"unknown {what} {name!r}; {hint}")
+    if name not in known:
+        raise UsageError(f"unknown {what} {name!r}{close_match(name, known)}")
+    return known[name]
 
 
 def _take_resume(flags: list[str]) -> tuple[list[str], str | None]:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from vlpfast.config import to_dict
 from vlpfast.data.config import DataConfig
 from vlpfast.data.loader import make_loader, open_index
 from vlpfast.data.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from vlpfast.eval import EvalOptions, EvalResult, evaluate, evaluate_model, retr
 from vlpfast.models import VLPModel, create_model
 from vlpfast.objectives import ObjectivesConfig
 from vlpfast.ragged import Ragged
-from vlpfast.train.config import RunConfig, TrainConfig, to_dict
+from vlpfast.train.config import RunConfig, TrainConfig
 
 SIDE = 32
 WORDS = ["red circle", "blue square", "green cross", "grey ring", "black star", "white line"]

@@ -6,13 +6,11 @@ from dataclasses import replace
 import pytest
 
 from vlpfast import recipes
+from vlpfast.config import differences, from_dict, to_dict
 from vlpfast.train.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
-    differences,
-    from_dict,
-    to_dict,
 )
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import typing
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
 
+from vlpfast.config import from_dict
 from vlpfast.data.config import DataConfig
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.models.config import ModelConfig
 from vlpfast.models.vlp import VLPModel
-
-ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,9 @@ def load_run(
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json")
     try:
         config = json.loads((folder / "config.json").read_text())
-        model_config = _decode(ModelConfig, config["model"])
-        data_config = _decode(DataConfig, config["data"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        model_config = from_dict(ModelConfig, config["model"], "model")
+        data_config = from_dict(DataConfig, config["data"], "data")
+    except (KeyError, ValueError) as error:
         raise ValueError(
             f"{folder / 'config.json'} is not a run's configuration: {error}"
         ) from error
@@ -102,18 +100,3 @@ def _load_weights(model: VLPModel, path: Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the run's config.json: {error}") from error
-
-
-def _decode(cls: type[ConfigT], values: dict) -> ConfigT:
-    """The (nested) configuration that `config.json` holds."""
-    hints = typing.get_type_hints(cls)
-    return cls(
-        **{
-            name: _decode(hints[name], value) if is_dataclass(hints[name]) else _tuples(value)
-            for name, value in values.items()
-        }
-    )
-
-
-def _tuples(value: object) -> object:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

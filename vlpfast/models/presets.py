@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import fields, replace
 
+from vlpfast.config import close_match
 from vlpfast.models.config import ModelConfig, StackConfig, TextConfig, VisionConfig
 
 # Width, heads, (vision, text, fusion) depth, patch and image side, width of the joint space.
@@ -167,15 +167,13 @@ def preset_config(
         ValueError: unknown preset, size or field.
     """
     if preset not in _PRESETS:
-        close = difflib.get_close_matches(preset, _PRESETS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"preset must be one of {list_presets()}, got {preset!r}{hint}")
+        raise ValueError(f"unknown preset {preset!r}{close_match(preset, list_presets())}")
     if size not in SIZES:
         raise ValueError(f"size must be one of {list(SIZES)}, got {size!r}")
     known = [f.name for f in fields(ModelConfig)]
     unknown = [name for name in overrides if name not in known]
     if unknown:
-        raise ValueError(f"unknown model field {unknown[0]!r}; fields: {known}")
+        raise ValueError(f"unknown model field {unknown[0]!r}{close_match(unknown[0], known)}")
     config = replace(_PRESETS[preset](size), **overrides)
     text = {"vocab_size": vocab_size, "context_length": context_length}
     return replace(

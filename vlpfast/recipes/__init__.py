@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vlpfast.config import close_match
 from vlpfast.recipes import albef, clip, flip
-from vlpfast.train.config import RunConfig, close_match
+from vlpfast.train.config import RunConfig
 
 _RECIPES: dict[str, Callable[[], RunConfig]] = {
     f"{module.__name__.rpartition('.')[2]}_{variant}": recipe

@@ -1,5 +1,5 @@
-"""Training: configuration of a run, the loop, checkpoints. `train(config)` is the whole of it."""
+"""Training: configuration, loop, checkpoints. `vlpfast.train.run.train(config)` does it all."""
 
-from vlpfast.train.config import OptimConfig, RunConfig, TrainConfig, from_dict, to_dict
+from vlpfast.train.config import OptimConfig, RunConfig, TrainConfig
 
-__all__ = ["OptimConfig", "RunConfig", "TrainConfig", "from_dict", "to_dict"]
+__all__ = ["OptimConfig", "RunConfig", "TrainConfig"]

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vlpfast.config import differences
 from vlpfast.data.batch import Batch
 from vlpfast.ops.seed import fold_seed
 from vlpfast.train import checkpoint
-from vlpfast.train.config import OptimConfig, TrainConfig, differences
+from vlpfast.train.config import OptimConfig, TrainConfig
 from vlpfast.train.distributed import World
 from vlpfast.train.ema import Ema
 from vlpfast.train.log import RunLog, Window, log_line

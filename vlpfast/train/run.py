@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from vlpfast.config import to_dict
 from vlpfast.data.batch import Batch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
@@ -18,7 +19,7 @@ from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.models.vlp import VLPModel
 from vlpfast.objectives.step import PretrainStep
 from vlpfast.train import checkpoint
-from vlpfast.train.config import RunConfig, to_dict
+from vlpfast.train.config import RunConfig
 from vlpfast.train.distributed import open_world
 from vlpfast.train.loop import Trainer
 from vlpfast.train.types import Loader, Run, TrainResult
