@@ -88,6 +88,7 @@ class StraightLineAlbef:
 
     @torch.no_grad()
     def finish(self):
+        self.model.scale.clamp_(0.001, 0.5)
         for old, new in zip(self.model_m.parameters(), self.model.parameters(), strict=True):
             old.copy_(self.config.momentum * old + (1 - self.config.momentum) * new)
         size = self.config.queue_size
@@ -222,11 +223,13 @@ def test_patches_are_dropped_in_training_only_and_by_position():
     step.model.vision.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     batch = make_batch(4, image_size=32, masked=False)
     step.train()(batch, seed=1, step=0)
-    step.train()(batch, seed=1, step=0)
+    step.train()(batch, seed=2, step=1)
+    step.train()(make_batch(4, image_size=32, seed=1, masked=False), seed=1, step=0)
     step.eval()(batch, seed=1, step=0)
     assert seen[0].shape == (4, 8)
     torch.testing.assert_close(seen[0], seen[1])
-    assert seen[2] is None
+    assert (seen[0] != seen[2]).any()
+    assert seen[3] is None
 
 
 def test_objectives_that_do_not_fit_say_what_is_missing():

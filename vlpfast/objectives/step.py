@@ -52,13 +52,20 @@ class PretrainStep(nn.Module):
         model: the student.
         config: enabled objectives.
         group: process group over which contrastive candidates are gathered, or None.
+        seed: of the run; with a sample's place in the stream it keys patch dropping, which so does
+            not depend on the split over ranks.
 
     Raises:
         ValueError: an objective needs a part that the model does not have.
     """
 
     def __init__(
-        self, model: VLPModel, config: ObjectivesConfig, group: dist.ProcessGroup | None = None
+        self,
+        model: VLPModel,
+        config: ObjectivesConfig,
+        group: dist.ProcessGroup | None = None,
+        *,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         for name, part, what in (
@@ -71,7 +78,7 @@ class PretrainStep(nn.Module):
                     f"objectives.{name} needs {what}; preset {model.config.preset!r} has none, "
                     "'albef' has one"
                 )
-        self.model, self.config, self.group = model, config, group
+        self.model, self.config, self.group, self.seed = model, config, group, seed
         self.plan = Plan.of(config)
         self.teacher = Teacher(model, config.momentum) if config.momentum else None
         self.queue = (
@@ -89,12 +96,11 @@ class PretrainStep(nn.Module):
 
         Args:
             batch: with `masked_text` and `mlm_labels` where MLM is enabled.
-            seed: keys patch dropping, dropout and the negatives; the caller varies it by step and
-                rank.
+            seed: keys dropout and the negatives; the caller varies it by step and rank.
             step: optimizer step, for the ramp of alpha.
         """
         alpha = self.config.alpha_at(step)
-        kept = self._kept_patches(batch, fold_seed(seed, 0))
+        kept = self._kept_patches(batch)
         student = self._encode(
             self.model, batch, kept, seed, self.plan.masked_text, bool(self.plan.fusion)
         )
@@ -147,15 +153,14 @@ class PretrainStep(nn.Module):
         text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2))
         return _Encoded(image, text, model.image_keys(image.tokens) if image_keys else None)
 
-    def _kept_patches(self, batch: Batch, seed: int) -> Tensor | None:
+    def _kept_patches(self, batch: Batch) -> Tensor | None:
         """(B, K) ids of the patches that this step embeds; the same for student and teacher."""
         num_patches = self.model.config.num_patches
         num_keep = max(1, round(num_patches * (1 - self.model.config.vision.patch_dropout)))
         if not self.training or num_keep == num_patches:
             return None
-        return keep_ids(
-            len(batch), num_patches, num_keep, seed=seed, sample_ids=batch.positions
-        ).ids
+        size, seed = len(batch), fold_seed(self.seed, 0)
+        return keep_ids(size, num_patches, num_keep, seed=seed, sample_ids=batch.positions).ids
 
     def _contrast(
         self, batch: Batch, student: _Encoded, teacher: _Encoded | None, alpha: float, seed: int

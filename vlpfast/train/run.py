@@ -54,7 +54,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
         # Only the initial weights are drawn from the global generator.
         torch.manual_seed(seed)
         group = dist.group.WORLD if world.size > 1 else None
-        step = PretrainStep(VLPModel(config.model), config.objectives, group)
+        step = PretrainStep(VLPModel(config.model), config.objectives, group, seed=seed)
 
         def open_loader(micro_batch: int) -> Loader:
             return make_loader(

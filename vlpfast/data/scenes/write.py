@@ -76,7 +76,7 @@ def write_shards(
         seed: same seed, same set.
         num_pairs: image pairs for NLVR.
         samples_per_shard: images per tar.
-        progress: show a bar.
+        progress: show a bar, where the output is a terminal.
     Returns: split, num_samples, num_pairs, image_size, seed, shards, num_duplicates (samples whose
         description an earlier one has), held_out (combinations), answers (the VQA vocabulary).
     """
@@ -89,7 +89,9 @@ def write_shards(
         stale.unlink()
     seen: set[int] = set()
     shards = []
-    numbers = trange(num_samples, desc=f"scenes {split}", unit="img", disable=not progress)
+    numbers = trange(
+        num_samples, desc=f"scenes {split}", unit="img", disable=None if progress else True
+    )
     steps = iter(numbers)
     for shard, start in enumerate(range(0, num_samples, samples_per_shard)):
         path = folder / f"{split}-{shard:06d}.tar"
