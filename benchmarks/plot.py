@@ -110,16 +110,16 @@ def readme_region(results: Path) -> str:
     return "\n\n".join(parts) or "No rows are recorded yet."
 
 
-def rewrite(text: str, region: str) -> str:
+def rewrite(text: str, region: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what lies between its bench markers replaced by `region`.
 
     Raises:
         ValueError: the markers are missing, doubled or in the wrong order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one {BEGIN} followed by one {END}")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{region}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one {begin} followed by one {end}")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{region}\n{end}{rest.split(end)[1]}"
 
 
 def _impl_place(row: Row) -> tuple[int, str]:

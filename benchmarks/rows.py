@@ -88,7 +88,7 @@ def _cell(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def append(path: Path, rows: Iterable[Row | Ceiling]) -> None:
+def append(path: Path, rows: Iterable[object]) -> None:
     """Appends rows to a CSV, which is created with a header if it is missing.
 
     Raises:
@@ -113,7 +113,7 @@ def append(path: Path, rows: Iterable[Row | Ceiling]) -> None:
         writer.writerows([_cell(value) for value in asdict(row).values()] for row in rows)
 
 
-def _parse(kind: type, cells: Mapping[str, str]) -> Row | Ceiling:
+def _parse(kind: type, cells: Mapping[str, str]) -> object:
     values: dict[str, object] = {}
     for field in fields(kind):
         cell = cells[_column(field.name)]

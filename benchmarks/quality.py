@@ -1,0 +1,181 @@
+"""Rows of what trained runs reach, from the evaluations in their run folders.
+
+Appends rows:    python -m benchmarks.quality RUN [RUN ...] [--machine NAME]
+Makes tables:    python -m benchmarks.quality --readme README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine
+from benchmarks.plot import rewrite
+from benchmarks.rows import RESULTS, append, load
+
+BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+# In its machine's folder, apart from the rows of ops.
+FILE = "quality/runs.csv"
+_HEADLINE = {
+    "retrieval": ("txt_r1", "txt_r10", "img_r1", "img_r10"),
+    "mlm": ("mlm_accuracy", "shuffled_mlm_accuracy"),
+    "swap": ("swap_accuracy", "itm_swap_accuracy"),
+}
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One metric of one evaluation of one run.
+
+    Attributes:
+        run, preset: name of the run and of its model's preset.
+        task, data, where, protocol: what was evaluated; `data` is folder/file, `protocol` the
+            options that change numbers (rerank_k, pool_texts).
+        metric, value, chance: recalls and accuracies in percent.
+        samples_seen, minutes, threads: training until these weights, on this many CPU threads.
+        num_images, num_texts: candidates.
+        machine, torch, commit, date: where, with what, which revision, when it was recorded (UTC).
+    """
+
+    run: str
+    preset: str
+    task: str
+    data: str
+    where: str
+    protocol: str
+    metric: str
+    value: float
+    chance: float | None
+    samples_seen: int
+    minutes: float
+    threads: int
+    num_images: int
+    num_texts: int
+    machine: str
+    torch: str
+    commit: str
+    date: str
+
+
+def _training(run: Path, step: int) -> tuple[int, float]:
+    """Samples seen and minutes spent in steps until `step`."""
+    samples, seconds, last = 0, 0.0, 0
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["step"] > step:
+            break
+        seconds += row["step_s"] * (row["step"] - last)
+        samples, last = row["samples_seen"], row["step"]
+    return samples, seconds / 60
+
+
+def rows_of(run: Path, machine_name: str | None = None) -> list[QualityRow]:
+    """Rows of every evaluation in `RUN/eval`; of repeated ones the last.
+
+    Raises:
+        FileNotFoundError: the run has no evaluation or no configuration.
+    """
+    config = json.loads((run / "config.json").read_text())
+    paths = sorted((run / "eval").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise FileNotFoundError(f"{run}/eval has no evaluation; make one by `vlpfast eval {run}`")
+    stamp = machine.stamp(torch.device("cpu"), machine_name)
+    found: dict[tuple, QualityRow] = {}
+    for path in paths:
+        result = json.loads(path.read_text())
+        info, counts = result["info"], result["counts"]
+        stem = Path(info["weights"]).stem
+        step = int(stem.removeprefix("step_")) if stem.startswith("step_") else 2**62
+        samples, minutes = _training(run, step)
+        protocol = {name: info[name] for name in ("rerank_k", "pool_texts") if name in info}
+        data = Path(info["data"])
+        for metric, value in result["metrics"].items():
+            row = QualityRow(
+                run=config["name"],
+                preset=f"{config['model']['preset']} {config['model']['size']}",
+                task=result["task"],
+                data=f"{data.parent.name}/{data.name}",
+                where=info.get("where", ""),
+                protocol=" ".join(f"{name}={value}" for name, value in protocol.items()),
+                metric=metric,
+                value=float(value),
+                chance=result["chance"].get(metric),
+                samples_seen=samples,
+                minutes=minutes,
+                threads=config["train"]["threads"] or torch.get_num_threads(),
+                num_images=counts.get("num_images", 0),
+                num_texts=counts.get("num_texts", 0),
+                machine=stamp.machine,
+                torch=stamp.torch,
+                commit=stamp.commit,
+                date=stamp.date,
+            )
+            found[row.task, row.data, row.where, row.protocol, row.metric] = row
+    return list(found.values())
+
+
+def tables(rows: Iterable[QualityRow]) -> str:
+    """One markdown table a task: the newest rows of each run and data set."""
+    newest: dict[tuple, dict[str, QualityRow]] = {}
+    for row in sorted(rows, key=lambda row: row.date):
+        key = (row.task, row.run, row.data, row.where, row.protocol)
+        newest.setdefault(key, {})[row.metric] = row
+    parts = []
+    for task, headline in _HEADLINE.items():
+        cases = {key: found for key, found in newest.items() if key[0] == task}
+        if not cases:
+            continue
+        names = [m for m in headline if any(m in found for found in cases.values())]
+        names += [f"itm_{m}" for m in names if any(f"itm_{m}" in f for f in cases.values())]
+        lines = [
+            f"| {task}: run | model | training | data | {' | '.join(names)} |",
+            "|" + "---|" * (4 + len(names)),
+        ]
+        for (_, run, data, where, protocol), found in cases.items():
+            some = next(iter(found.values()))
+            training = (
+                f"{some.samples_seen / 1000:.0f} k samples, {some.minutes:.0f} min, "
+                f"{some.threads} thread{'s' if some.threads > 1 else ''}"
+            )
+            what = " ".join(filter(None, (data, where, protocol)))
+            cells = [_cell(found.get(name)) for name in names]
+            lines.append(f"| {run} | {some.preset} | {training} | {what} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _cell(row: QualityRow | None) -> str:
+    if row is None:
+        return ""
+    return f"{row.value:.1f}" + ("" if row.chance is None else f" ({row.chance:.1f})")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Records runs or rewrites a file's tables; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--machine", help="name of this machine in the rows")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite from {BEGIN} on")
+    options = parser.parse_args(arguments)
+    for run in options.runs:
+        rows = rows_of(run, options.machine)
+        path = options.results / rows[0].machine / FILE
+        append(path, rows)
+        print(f"{len(rows)} rows of {run.name} -> {path}")
+    if options.readme is not None:
+        paths = sorted(options.results.glob(f"*/{FILE}"))
+        rows = [row for path in paths for row in load(path, QualityRow)]
+        text = rewrite(options.readme.read_text(), tables(rows), BEGIN, END)
+        options.readme.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Rows and tables of trained runs, from a run folder made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import BEGIN, END, FILE, QualityRow, main, rows_of
+from benchmarks.rows import load
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of 20 steps of 8 samples, logged every 10 steps; one evaluation done twice."""
+    folder = tmp_path / "logs" / "small"
+    (folder / "eval").mkdir(parents=True)
+    config = {
+        "name": "small",
+        "model": {"preset": "clip", "size": "tiny"},
+        "train": {"threads": 2},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    logged = [
+        {"step": 10, "samples_seen": 80, "step_s": 6.0},
+        {"step": 20, "samples_seen": 160, "step_s": 12.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+    for number, recall in ((1, 1.0), (2, 25.0)):
+        result = {
+            "task": "retrieval",
+            "metrics": {"txt_r1": recall, "txt_r10": 50.0, "img_r1": 20.0, "img_r10": 60.0},
+            "chance": {"txt_r1": 0.5},
+            "counts": {"num_images": 200, "num_texts": 400},
+            "info": {
+                "weights": f"{folder}/checkpoints/step_20.pt",
+                "data": "/somewhere/emoji/val.jsonl",
+                "where": "vendor=a",
+                "pool_texts": "mean",
+            },
+        }
+        (folder / "eval" / f"retrieval-{number}.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_rows_tell_what_was_trained_and_evaluated(run):
+    rows = {row.metric: row for row in rows_of(run, "box")}
+    assert set(rows) == {"txt_r1", "txt_r10", "img_r1", "img_r10"}
+    row = rows["txt_r1"]
+    assert (row.run, row.preset, row.task) == ("small", "clip tiny", "retrieval")
+    assert (row.data, row.where, row.protocol) == ("emoji/val.jsonl", "vendor=a", "pool_texts=mean")
+    # The second evaluation replaces the first; a metric without a chance level has none.
+    assert (row.value, row.chance, rows["txt_r10"].chance) == (25.0, 0.5, None)
+    assert (row.samples_seen, row.minutes, row.threads) == (160, 3.0, 2)
+
+
+def test_training_counts_until_the_evaluated_step(run):
+    path = run / "eval" / "retrieval-2.json"
+    path.write_text(path.read_text().replace("step_20", "step_10"))
+    row = next(r for r in rows_of(run, "box") if r.metric == "txt_r1")
+    assert (row.samples_seen, row.minutes) == (80, 1.0)
+
+
+def test_readme_table_is_made_from_the_rows(run, tmp_path):
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    main([str(run), "--machine", "box", "--results", str(results), "--readme", str(readme)])
+    assert len(load(results / "box" / FILE, QualityRow)) == 4
+    text = readme.read_text()
+    assert "old" not in text
+    assert "| small | clip tiny | 0 k samples, 3 min, 2 threads |" in text
+    assert "| 25.0 (0.5) | 50.0 | 20.0 | 60.0 |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+
+
+def test_a_run_without_evaluations_says_how_to_make_one(run):
+    for path in (run / "eval").glob("*.json"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="vlpfast eval"):
+        rows_of(run)
