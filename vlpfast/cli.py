@@ -86,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 1)
     except UsageError as error:
         return _fail(str(error), 2)
+    except BrokenPipeError:
+        # The reader has gone (`vlpfast ... | head`): nothing is left to say, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError) as error:
         if os.environ.get("VLPFAST_TRACEBACK") == "1":
             raise
