@@ -274,3 +274,10 @@ def test_help_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False)
     assert done.returncode == 0
+
+
+def test_a_reader_that_left_is_not_an_error_message():
+    command = [sys.executable, "-m", "vlpfast", "train"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
