@@ -421,3 +421,23 @@ def test_long_captions_lose_their_tail(tmp_path):
     (batch,) = setup.batches(1, batch_size=2)
     assert batch.text.lens.tolist() == [16, 16]
     assert batch.text.values[15] == setup.tokenizer.end_id
+
+
+def test_chosen_captions(tmp_path):
+    """Places 1 and 3 of up to four captions; a sample with one caption shows that one."""
+    counts = [1, 2, 3, 4]
+    rows = []
+    for number, count in enumerate(counts):
+        (tmp_path / f"{number}.png").write_bytes(encode(picture(number), "PNG"))
+        captions = [f"caption {place}" for place in range(count)]
+        rows.append({"image": f"{number}.png", "captions": captions})
+    setup = Setup(write_jsonl(tmp_path / "set.jsonl", rows), captions=(3, 1))
+    seen = {number: set() for number in range(4)}
+    for batch in setup.batches(20):
+        for sample, ids in zip(
+            batch.sample_ids.tolist(),
+            batch.text.values.split(batch.text.lens.tolist()),
+            strict=True,
+        ):
+            seen[sample].add(int(setup.tokenizer.decode(ids.tolist()).split()[1]))
+    assert seen == {0: {0}, 1: {1}, 2: {1}, 3: {1, 3}}

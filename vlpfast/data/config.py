@@ -26,6 +26,8 @@ class DataConfig:
             vocabulary (.txt.gz).
         vocab_size: upper bound for "train".
         max_tokens: longest caption with start and end token; longer ones lose their tail.
+        captions: places of the captions that training draws from; empty: all. A sample that has
+            none of these draws from all it has.
         crop_scale: area of a training crop as a share of the image; (1, 1) takes the evaluation
             crop.
         crop_ratio: width / height of a training crop before it is resized to a square.
@@ -52,6 +54,7 @@ class DataConfig:
     tokenizer: str = "train"
     vocab_size: int = 4096
     max_tokens: int = 32
+    captions: tuple[int, ...] = ()
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     eval_crop: Literal["center", "squash"] = "center"
@@ -76,6 +79,8 @@ class DataConfig:
         for name, least in (("workers", 0), ("prefetch", 1), ("cache_gib", 0), ("window", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if any(place < 0 for place in self.captions):
+            raise ValueError(f"captions must be places >= 0, got {self.captions}")
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens must be >= 2, got {self.max_tokens}")
         choices = {

@@ -160,12 +160,19 @@ class TorchLoader:
             boxes = augment.eval_boxes(widths, heights, config.eval_crop)
         first, count = (torch.from_numpy(a) for a in self.index.caption_ranges(samples))
         if self.train:
-            choice = augment.integers(
-                self.seed, torch.from_numpy(positions), augment.CAPTION, count
-            )
-            first = first + choice
+            first = first + self._caption_places(torch.from_numpy(positions), count)
         captions = torch.where(count > 0, first, -1)
         return Draws(positions, samples, boxes, captions.numpy())
+
+    def _caption_places(self, positions: Tensor, count: Tensor) -> Tensor:
+        """(B,) which of its `count` (B,) captions each sample shows in training."""
+        places = torch.tensor(sorted(self.config.captions), dtype=torch.int64)
+        fitting = (places < count[:, None]).sum(1)
+        choices = torch.where(fitting > 0, fitting, count)
+        place = augment.integers(self.seed, positions, augment.CAPTION, choices)
+        if not len(places):
+            return place
+        return torch.where(fitting > 0, places[place.clamp(max=len(places) - 1)], place)
 
     def _text(self, draws: Draws) -> Ragged:
         """Packed tokens of the drawn captions."""
