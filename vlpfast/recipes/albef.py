@@ -90,7 +90,7 @@ def relations() -> RunConfig:
     "a red circle left of a blue square" against the swap asks the fusion tower for what a
     contrastive embedding tends to lose. `vlpfast eval RUN --task swap` measures it.
     """
-    config = scenes(steps=4000, lr=1e-3, alpha_ramp_steps=4000, name="albef_relations")
+    config = scenes(steps=2600, lr=1e-3, alpha_ramp_steps=4000, name="albef_relations")
     return replace(config, data=replace(config.data, captions=(3,), max_tokens=24))
 
 
