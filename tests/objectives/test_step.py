@@ -199,6 +199,26 @@ def test_every_parameter_gets_a_gradient():
     assert all(p.grad is None for p in step.teacher.parameters())
 
 
+@pytest.mark.parametrize(
+    "weights", [{"itc": 1.0}, {"itc": 1.0, "itm": 2.0}, {"itc": 0.0, "mlm": 1.0}], ids=str
+)
+def test_only_what_is_enabled_is_computed(weights):
+    step = albef_step(ObjectivesConfig(**weights)).train()
+    calls = []
+    step.model.fusion.register_forward_hook(lambda *_: calls.append("fusion"))
+    out = step(make_batch(), seed=0, step=0)
+    enabled = {name for name, weight in weights.items() if weight}
+    assert out.losses.keys() == step.weights.keys() == enabled
+    assert bool(calls) == bool(enabled - {"itc"})
+
+
+def test_evaluation_leaves_no_trace():
+    step = albef_step().eval()
+    step(make_batch(), seed=0, step=0)
+    step.finish_step()
+    assert step.queue.filled == 0
+
+
 def test_queue_wraps_and_reports_what_is_filled():
     step = albef_step().train()
     for number in range(3):

@@ -173,7 +173,7 @@ class PretrainStep(nn.Module):
         if teacher is not None:
             keys["teacher"] = (teacher.image.embedding, teacher.text.embedding[:size])
             keys["alpha"] = alpha
-            if self.queue is not None:
+            if self.queue is not None and self.training:
                 self._to_enqueue.append((*keys["teacher"], batch.image_ids))
         out = contrastive_loss(
             student.image.embedding,
