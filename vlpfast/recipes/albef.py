@@ -84,16 +84,6 @@ def scenes(
     )
 
 
-def relations() -> RunConfig:
-    """Which shape has which attribute, and where: trained on the captions that say only that.
-
-    "a red circle left of a blue square" against the swap asks the fusion tower for what a
-    contrastive embedding tends to lose. `vlpfast eval RUN --task swap` measures it.
-    """
-    config = scenes(steps=2600, lr=1e-3, alpha_ramp_steps=4000, name="albef_relations")
-    return replace(config, data=replace(config.data, captions=(3,), max_tokens=24))
-
-
 def base() -> RunConfig:
     """The published pre-training: 8 GPUs of 64 pairs, 30 epochs of the 4M set.
 
@@ -124,5 +114,7 @@ RECIPES = {
     "small": partial(compact, "small"),
     "base": base,
     "scenes": scenes,
-    "relations": relations,
+    "scenes_long": partial(
+        scenes, steps=3000, lr=1e-3, alpha_ramp_steps=4000, name="albef_scenes_long"
+    ),
 }
