@@ -36,7 +36,7 @@ class QualityRow:
     Attributes:
         run, preset: name of the run and of its model's preset.
         task, data, where, protocol: what was evaluated; `data` is folder/file, `protocol` the
-            options that change numbers (rerank_k, pool_texts).
+            options that change numbers (rerank_k, pool_texts, captions).
         metric, value, chance: recalls and accuracies in percent.
         samples_seen, minutes, threads: training until these weights, on this many CPU threads.
         num_images, num_texts: candidates.
@@ -93,7 +93,9 @@ def rows_of(run: Path, machine_name: str | None = None) -> list[QualityRow]:
         stem = Path(info["weights"]).stem
         step = int(stem.removeprefix("step_")) if stem.startswith("step_") else 2**62
         samples, minutes = _training(run, step)
-        protocol = {name: info[name] for name in ("rerank_k", "pool_texts") if name in info}
+        protocol = {
+            name: info[name] for name in ("rerank_k", "pool_texts", "captions") if name in info
+        }
         data = Path(info["data"])
         for metric, value in result["metrics"].items():
             row = QualityRow(

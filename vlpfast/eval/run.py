@@ -58,6 +58,13 @@ class EvalOptions:
     seed: int = 0
     progress: bool = True
 
+    @property
+    def protocol(self) -> dict[str, str]:
+        """The choices of candidates that are not the defaults, for the record."""
+        chosen = {"pool_texts": self.pool_texts} if self.pool_texts != "none" else {}
+        places = " ".join(map(str, self.captions))
+        return chosen | ({"captions": places} if places else {})
+
     def __post_init__(self) -> None:
         for name, least in (
             ("rerank_k", 0),
@@ -215,7 +222,7 @@ class _Evaluation:
                 "num_texts": ranks[0].num_candidates,
                 "num_ids": len(image_ids.unique()),
             },
-            info=info | ({"pool_texts": "mean"} if options.pool_texts == "mean" else {}),
+            info=info | options.protocol,
         )
 
     def mlm(self) -> EvalResult:
