@@ -134,7 +134,8 @@ def tables(rows: Iterable[QualityRow]) -> str:
         if not cases:
             continue
         names = [m for m in headline if any(m in found for found in cases.values())]
-        names += [f"itm_{m}" for m in names if any(f"itm_{m}" in f for f in cases.values())]
+        matched = [f"itm_{m}" for m in names if any(f"itm_{m}" in f for f in cases.values())]
+        names += [m for m in matched if m not in names]
         lines = [
             f"| {task}: run | model | training | data | {' | '.join(names)} |",
             "|" + "---|" * (4 + len(names)),
