@@ -13,7 +13,7 @@ from vlpfast.data.tokenizer import Tokenizer, find_clip_vocabulary
 
 
 def open_index(config: DataConfig) -> Index:
-    """The index of `config.path` with the its identity and selection; built first if need be."""
+    """The index of `config.path` with its identity and selection; built first if need be."""
     index = Index.open(
         config.path,
         index_dir=config.index_dir or None,

@@ -100,7 +100,7 @@ def flip(size: str) -> ModelConfig:
 def albef(size: str) -> ModelConfig:
     """ALBEF; base is ViT-B/16 at 256 px, six BERT layers of text and six of fusion: 85.84 M +
     123.70 M parameters. The compact sizes normalise before each branch: from random weights, their
-    contrastive loss falls in a third of the steps that BERT's order takes.
+    contrastive loss falls earlier than in BERT's order (docs/facts.md).
 
     Source: Li et al. 2021, arXiv:2107.07651; salesforce/ALBEF models/model_pretrain.py,
     models/xbert.py.
