@@ -88,18 +88,20 @@ class Attention(Shape):
 
 @dataclass(frozen=True)
 class ResidualNorm(Shape):
-    """x (T, D) added to its residual and normalised."""
+    """x (T, D), after dropout, added to its residual and normalised."""
 
     num_tokens: int
     dim: int
+    dropout_p: float
 
 
 @dataclass(frozen=True)
 class BiasGelu(Shape):
-    """Hidden layer of an MLP (T, D)."""
+    """Hidden layer of an MLP (T, D), dropout after its activation."""
 
     num_tokens: int
     dim: int
+    dropout_p: float
 
 
 def _named(*shapes: Shape) -> Mapping[str, Shape]:
@@ -154,13 +156,17 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = MappingProxyType(
             Attention("clip-text-77", False, 256, 77, 77, 8, 64, True),
             Attention("coca-pooler-256x256", True, 128, 256, 256, 12, 64, False),
         ),
+        # ALBEF's text and fusion layers drop a tenth (256 texts of 30 tokens); its ViT drops none.
         "residual_norm": _named(
-            ResidualNorm("vit-b16-b256", False, 256 * 197, 768),
-            ResidualNorm("vit-l14-b256", True, 256 * 257, 1024),
+            ResidualNorm("albef-text-b256", False, 256 * 30, 768, 0.1),
+            ResidualNorm("vit-b16-b256", False, 256 * 197, 768, 0.0),
+            ResidualNorm("vit-l14-b256", True, 256 * 257, 1024, 0.0),
         ),
+        # UNITER's and LXMERT's heads and some MLPs drop after the activation; BERT's blocks do not.
         "bias_gelu": _named(
-            BiasGelu("vit-b16-b256", False, 256 * 197, 4 * 768),
-            BiasGelu("vit-l14-b256", True, 256 * 257, 4 * 1024),
+            BiasGelu("bert-text-b256", False, 256 * 30, 4 * 768, 0.0),
+            BiasGelu("bert-text-b256-dropout", False, 256 * 30, 4 * 768, 0.1),
+            BiasGelu("vit-l14-b256", True, 256 * 257, 4 * 1024, 0.0),
         ),
     }
 )

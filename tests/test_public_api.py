@@ -38,7 +38,7 @@ OPS = {
         "q_lens k_lens cu_q cu_k kv_index q_block k_block bias dropout_p seed scale impl",
     ),
     "residual_norm": ("x residual weight bias", "kind dropout_p seed eps impl"),
-    "bias_gelu": ("x bias", "dropout_p seed impl"),
+    "bias_gelu": ("x bias", "kind dropout_p seed impl"),
 }
 
 

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from vlpfast.ops.reference.counter import draw, keep_mask, stream
 from vlpfast.ops.residual_norm import residual_norm
-from vlpfast.testing import assert_compiles, assert_within_budget, with_gradients
+from vlpfast.testing import (
+    assert_compiles,
+    assert_same,
+    assert_within_budget,
+    opcheck,
+    poisoned_allocations,
+    routes,
+    with_gradients,
+)
 
 KINDS = ["layer", "rms"]
 # One element, a prime, an odd width, more than two dimensions, no rows.
@@ -43,17 +51,93 @@ def test_matches_definition(kind, shape):
         torch.testing.assert_close(a, e)
 
 
+DTYPES = [torch.float32, torch.bfloat16]
+IDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get
+# One element, a prime, around the 16 lanes of the C++ sums, several rows in a block of a backward.
+FUSED_SHAPES = [(1, 1), (7, 13), (3, 15), (2, 3, 16), (70, 33), (0, 8)]
+
+
+def results(impl, inputs, grads, kind, dropout_p):
+    """Outputs and gradients under one seed, flat."""
+    function = lambda *a: residual_norm(*a, kind=kind, dropout_p=dropout_p, seed=6, impl=impl)
+    outs, gradients = with_gradients(function, inputs, grads)
+    return [*outs, *gradients]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_within_budget(kind, dtype, device):
-    inputs = [x.to(device) for x in build((7, 13), dtype)]
-    function = lambda *a: residual_norm(*a, kind=kind)
-    actual = with_gradients(function, inputs)
-    eager = with_gradients(lambda *a: definition(*a, kind, 1e-6), inputs)
-    truth = with_gradients(lambda *a: definition(*a, kind, 1e-6), [x.double() for x in inputs])
-    flat = [[*outs, *grads] for outs, grads in (actual, truth, eager)]
-    for i, (a, t, e) in enumerate(zip(*flat, strict=True)):
-        assert_within_budget(a, t, e, name=str(i))
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("residual_dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("shape", FUSED_SHAPES, ids=str)
+@pytest.mark.parametrize(("impl", "device"), routes("reference", "cpp", "triton"))
+def test_within_budget(impl, device, shape, dtype, residual_dtype, dropout_p, kind):
+    if impl == "triton" and device.type == "cpu" and torch.bfloat16 in (dtype, residual_dtype):
+        pytest.skip("the interpreter does not round to bf16 as a GPU does")
+    x, residual, weight, bias = (t.to(device) for t in build(shape, dtype))
+    inputs = [x, residual.to(residual_dtype), weight, bias]
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(shape, generator=generator).to(device) for _ in range(2)]
+    grads = [grads[0].to(dtype), grads[1].to(torch.promote_types(dtype, residual_dtype))]
+    actual = results(impl, inputs, grads, kind, dropout_p)
+    eager = results("reference", inputs, grads, kind, dropout_p)
+    truth = results("reference", [t.double() for t in inputs], [g.double() for g in grads],
+                    kind, dropout_p)  # fmt: skip
+    for name, a, t, e in zip(
+        ["normed", "residual", "dx", "dresidual", "dweight", "dbias"],
+        actual, truth, eager, strict=True,
+    ):  # fmt: skip
+        assert_within_budget(a, t, e, name=name)
+
+
+@pytest.mark.parametrize(("impl", "device"), routes("cpp", "triton"))
+def test_one_gradient_alone(impl, device):
+    """Whichever output is used and whichever input is frozen."""
+    x, residual, weight, bias = (t.float().to(device) for t in build((5, 24)))
+    weight.requires_grad_()
+    out = residual_norm(x, residual, weight, bias, impl=impl)
+    assert not out.residual.requires_grad or out.residual.grad_fn is not None
+    (grad,) = torch.autograd.grad(out.normed.square().sum(), weight)
+    ref = residual_norm(x, residual, weight, bias, impl="reference")
+    (expected,) = torch.autograd.grad(ref.normed.square().sum(), weight)
+    torch.testing.assert_close(grad, expected)
+    x.requires_grad_()
+    out = residual_norm(x, residual, dropout_p=0.5, seed=1, impl=impl)
+    (grad,) = torch.autograd.grad(out.residual.sum(), x)
+    torch.testing.assert_close(
+        grad, residual_norm(torch.ones_like(x), dropout_p=0.5, seed=1, impl=impl).residual
+    )
+
+
+def test_threads_do_not_matter():
+    inputs = [t.float() for t in build((3000, 40))]
+    run = lambda: results("cpp", inputs, [torch.ones(3000, 40)] * 2, "layer", 0.1)
+    one = run()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        three = run()
+    finally:
+        torch.set_num_threads(before)
+    assert_same(three, one)
+
+
+def test_writes_all_it_returns():
+    inputs = [t.float() for t in build((40, 24))]
+    with poisoned_allocations():
+        found = results("cpp", inputs, [torch.ones(40, 24)] * 2, "rms", 0.1)
+    assert all(t.isfinite().all() for t in found)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_registration(split):
+    x, residual, weight, bias = (t.float() for t in build((6, 10)))
+    seed, p = torch.tensor(3), 0.2 if split else 0.0
+    forward = torch.ops.vlpfast.residual_norm_fwd.default
+    opcheck(forward, x, residual, weight, bias, seed, False, p, 1e-6)
+    opcheck(forward, x.bfloat16(), residual, None, None, seed, True, p, 1e-6)
+    normed, total, mean, rstd = forward(x, residual, weight, bias, seed, False, p, 1e-6)
+    backward = torch.ops.vlpfast.residual_norm_bwd.default
+    opcheck(backward, normed, total, total, weight, mean, rstd, seed, False, p, split)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,6 +191,14 @@ def test_dropout_keeps_the_mean(seed, dropout_p):
     )
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
+def test_dropout_masks_agree(impl):
+    x = torch.ones(37, 50)
+    out = residual_norm(x, dropout_p=0.37, seed=-(2**62), impl=impl).residual
+    keep = keep_mask(draw(stream(-(2**62), torch.arange(37))[:, None], torch.arange(50)), 0.37)
+    assert torch.equal(out != 0, keep)
+
+
 def test_wide_residual_stream():
     """bf16 branches beside an fp32 residual: the sum keeps fp32, the next layer reads bf16."""
     x, residual = torch.full((2, 4), 2.0**-10).bfloat16(), torch.ones(2, 4)
@@ -133,9 +225,11 @@ def test_non_contiguous_repeatable_unmutated():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiles(kind):
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
+def test_compiles(kind, impl):
     inputs = [x.requires_grad_() for x in build((3, 8), torch.float32)]
-    assert_compiles(lambda *a: residual_norm(*a, kind=kind, dropout_p=0.3, seed=5), *inputs)
+    run = lambda *a: residual_norm(*a, kind=kind, dropout_p=0.3, seed=5, impl=impl)
+    assert_compiles(run, *inputs)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +243,11 @@ def test_compiles(kind):
         (ValueError, "needs a seed", {"dropout_p": 0.1}),
         (TypeError, "x must be floating", {"x": torch.zeros(2, 4, dtype=torch.int64)}),
         (ValueError, "impl must be", {"impl": "magic"}),
+        (
+            NotImplementedError,
+            "takes fp32 and bf16, got torch.float64",
+            {"x": torch.zeros(2, 4).double(), "impl": "cpp"},
+        ),
     ],
 )
 def test_bad_arguments(error, words, change):

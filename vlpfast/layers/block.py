@@ -123,10 +123,8 @@ class Mlp(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.activation == "gelu":
-            return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
-        hidden = self.fc1(x)
-        return self.fc2(hidden * torch.sigmoid(1.702 * hidden))
+        hidden = F.linear(x, self.fc1.weight)
+        return self.fc2(bias_gelu(hidden, self.fc1.bias, kind=self.activation))
 
 
 class Block(nn.Module):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from vlpfast.ops._dispatch import reference_only
+from vlpfast import _ext
+from vlpfast.ops._dispatch import Implementation, Op
+from vlpfast.ops._rows import fused_rejects, seed_tensor, wide
 from vlpfast.ops.reference import residual_norm as reference
 
 
@@ -54,7 +59,8 @@ def residual_norm(
             column), rows counted over all leading dimensions: bits = draw(stream(seed, row),
             column). Two calls in a step need two seeds.
         eps: added to the variance.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "cpp" or "triton". The last two take fp32 and bf16, are one pass
+            over the rows forward and one backward, and keep s and two numbers a row for it.
 
     Returns:
         ResidualNorm(normed, residual = s).
@@ -67,7 +73,8 @@ def residual_norm(
         expected, got = tuple(x.shape), tuple(residual.shape)
         raise ValueError(f"residual_norm: residual must be {expected} as x is, got {got}")
     check_rows("residual_norm", x, dropout_p, seed, weight=weight, bias=bias)
-    run = _OP.choose(impl, x.device)
+    dtypes = [x.dtype] if residual is None else [x.dtype, residual.dtype]
+    run = _OP.choose(impl, x.device, dtypes=dtypes, columns=x.shape[-1])
     return ResidualNorm(
         *run(x, residual, weight, bias, kind=kind, dropout_p=dropout_p, seed=seed, eps=eps)
     )
@@ -90,4 +97,103 @@ def check_rows(
         raise ValueError(f"{op}: dropout_p={dropout_p} needs a seed")
 
 
-_OP = reference_only("residual_norm", reference.residual_norm)
+torch.library.define(
+    "vlpfast::residual_norm_fwd",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor seed, bool rms,"
+    " float dropout_p, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "vlpfast::residual_norm_bwd",
+    "(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight, Tensor mean,"
+    " Tensor rstd, Tensor seed, bool rms, float dropout_p, bool split)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("vlpfast::residual_norm_fwd")
+def _fake_fwd(x, residual, weight, bias, seed, rms, dropout_p, eps):
+    total = x if residual is None else x.new_empty((), dtype=residual.dtype)
+    dtype = torch.promote_types(x.dtype, total.dtype)
+    rows = x.new_empty(x.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(x, dtype=dtype), rows, torch.empty_like(rows)
+
+
+@torch.library.register_fake("vlpfast::residual_norm_bwd")
+def _fake_bwd(grad_normed, grad_total, total, weight, mean, rstd, seed, rms, dropout_p, split):
+    grad_x = grad_normed.new_empty(grad_normed.shape[0] if split else 0, grad_normed.shape[1])
+    vector = total.new_empty(total.shape[1], dtype=torch.float32)
+    return torch.empty_like(total), grad_x, vector, torch.empty_like(vector)
+
+
+_cpp_fwd = torch.ops.vlpfast.residual_norm_fwd.default
+_cpp_bwd = torch.ops.vlpfast.residual_norm_bwd.default
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """Over rows (T, D). The sum is returned and kept; the mask is drawn again in the backward."""
+
+    @staticmethod
+    def forward(ctx, backend, x, residual, weight, bias, seed, rms, dropout_p, eps):
+        ctx.set_materialize_grads(False)
+        fwd = _triton("residual_norm_fwd") if backend == "triton" else _cpp_fwd
+        normed, total, mean, rstd = fwd(
+            x, residual, wide(weight), wide(bias), seed, rms, dropout_p, eps
+        )
+        ctx.save_for_backward(total, weight, mean, rstd, seed)
+        ctx.backend, ctx.rms, ctx.dropout_p = backend, rms, dropout_p
+        ctx.x_dtype = x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return normed, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_normed, grad_total):
+        if grad_normed is None and grad_total is None:
+            return (None,) * 9
+        total, weight, mean, rstd, seed = ctx.saved_tensors
+        if grad_normed is None:
+            grad_normed = torch.zeros_like(total, dtype=ctx.x_dtype)
+        bwd = _triton("residual_norm_bwd") if ctx.backend == "triton" else _cpp_bwd
+        # Without dropout, and with one dtype, x and the residual have the same gradient.
+        split = ctx.dropout_p > 0 or ctx.x_dtype != total.dtype
+        grad_sum, grad_x, grad_weight, grad_bias = bwd(
+            grad_normed.contiguous(),
+            None if grad_total is None else grad_total.contiguous(),
+            total, wide(weight), mean, rstd, seed, ctx.rms, ctx.dropout_p, split,
+        )  # fmt: skip
+        return (
+            None,
+            grad_x if split else grad_sum,
+            grad_sum if ctx.needs_input_grad[2] else None,
+            grad_weight.to(weight.dtype) if ctx.needs_input_grad[3] else None,
+            grad_bias.to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None,
+            *(None,) * 4,
+        )
+
+
+def _triton(name):
+    from vlpfast.kernels import residual_norm
+
+    return getattr(residual_norm, name)
+
+
+def _fused(backend, x, residual, weight, bias, *, kind, dropout_p, seed, eps):
+    rows = lambda t: None if t is None else t.reshape(-1, t.shape[-1]).contiguous()
+    normed, total = _ResidualNorm.apply(
+        backend, rows(x), rows(residual), weight, bias, seed_tensor(seed, x.device),
+        kind == "rms", dropout_p, eps,
+    )  # fmt: skip
+    return normed.view(x.shape), total.view(x.shape)
+
+
+_OP = Op(
+    "residual_norm",
+    {
+        "reference": Implementation(reference.residual_norm),
+        "cpp": Implementation(partial(_fused, "cpp"), _ext.cpp_missing, fused_rejects("cpp")),
+        "triton": Implementation(
+            partial(_fused, "triton"), _ext.triton_missing, fused_rejects("triton")
+        ),
+    },
+    auto={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+)

@@ -1,4 +1,4 @@
-"""Bias, exact GELU and dropout: plain torch, nothing fused."""
+"""Bias, GELU and dropout: plain torch, nothing fused."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from vlpfast.ops.reference.residual_norm import dropout
 
 
 def bias_gelu(
-    x: Tensor, bias: Tensor | None, *, dropout_p: float, seed: int | Tensor | None
+    x: Tensor, bias: Tensor | None, *, kind: str, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor:
     """`vlpfast.ops.bias_gelu`, same arguments."""
-    y = gelu(x if bias is None else x + bias)
+    y = x if bias is None else x + bias
+    y = gelu(y) if kind == "gelu" else y * (1.702 * y).sigmoid()
     return dropout(y.to(x.dtype), dropout_p, seed)
