@@ -87,11 +87,11 @@ def test_resume_anywhere(data_path, kind, start):
 @pytest.mark.parametrize("world", [2, 4])
 def test_world_size_does_not_matter(data_path, world):
     setup = Setup(data_path, hflip=0.5)
-    whole = setup.batches(7)
-    ranks = [setup.batches(7, rank=r, world=world, batch_size=BATCH // world) for r in range(world)]
+    whole, share = setup.batches(7), BATCH // world
+    ranks = [setup.batches(7, rank=r, world=world, batch_size=share) for r in range(world)]
     for step, batch in enumerate(whole):
         for row in range(BATCH):
-            part, i = ranks[row % world][step], row // world
+            part, i = ranks[row // share][step], row % share
             assert part.positions[i] == batch.positions[row]
             assert part.images[i].equal(batch.images[row])
             assert part.text.select(torch.tensor([i])).values.equal(

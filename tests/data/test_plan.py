@@ -100,6 +100,18 @@ def test_window_reads_one_stretch_at_a_time():
     assert len({tuple(order[s : s + 100] % 100) for s in range(0, 1000, 100)}) == 10
 
 
+@pytest.mark.parametrize("window", [2, 3, 6])
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_batches_consist_of_whole_blocks(world, window):
+    # Steps 0..9 pass the end of the first epoch.
+    plans = [StreamPlan(120, 12, 4, rank, world, window) for rank in range(world)]
+    for step in range(10):
+        for plan in plans:
+            blocks = np.sort(plan.samples(plan.positions(step)).reshape(-1, window))
+            assert (blocks == blocks[:, :1] + np.arange(window)).all()
+            assert (blocks[:, 0] % window == 0).all()
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_share_is_exact(world):
     parts = [share(20, rank, world) for rank in range(world)]

@@ -32,11 +32,15 @@ from vlpfast.data.scenes import (
     regions,
     render,
     sample_scene,
+    sample_sibling,
+    sample_siblings,
     write_shards,
 )
 from vlpfast.data.scenes.render import RGB, _patch
 from vlpfast.data.scenes.space import COLORS, SHAPES, SIZES, TEXTURES
 
+# The splits, and the training split with siblings.
+SETS = (*SPLITS, "siblings")
 PHRASE = re.compile(
     rf"(?:({'|'.join(SIZES)}) )?(?:({'|'.join(TEXTURES)}) )?"
     rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
@@ -46,10 +50,11 @@ RELATION = re.compile(r"left of|right of|above|below")
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, list[dict]]:
-    """600 records of each split, as they come out of JSON."""
+    """600 records of each set, as they come out of JSON."""
+    scenes = {split: [sample_scene(0, split, i) for i in range(600)] for split in SPLITS}
+    scenes["siblings"] = [sample_sibling(0, "train", i) for i in range(600)]
     return {
-        split: [json.loads(json.dumps(record(sample_scene(0, split, i)))) for i in range(600)]
-        for split in SPLITS
+        name: [json.loads(json.dumps(record(s))) for s in set_] for name, set_ in scenes.items()
     }
 
 
@@ -189,7 +194,7 @@ def test_colors_shapes_and_textures_look_different() -> None:
         assert closest > 12, diameter
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", SETS)
 def test_captions_are_true_and_complete(records: dict, split: str) -> None:
     for row in records[split]:
         objects = row["objects"]
@@ -235,7 +240,7 @@ def test_image_id_is_equal_exactly_for_equal_full_captions() -> None:
     assert max(by_id) < 2**48
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", SETS)
 def test_swapped_captions_are_false_with_the_same_words(records: dict, split: str) -> None:
     pairs = [row for row in records[split] if row["relational"]]
     swapped = [row for row in pairs if row["swapped"]]
@@ -245,9 +250,48 @@ def test_swapped_captions_are_false_with_the_same_words(records: dict, split: st
         assert not relational_truth(row["swapped"], row["objects"])
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_siblings_differ_exactly_by_the_swap(split: str) -> None:
+    kinds = Counter()
+    for number in range(0, 1200, 2):
+        scenes = sample_siblings(2, split, number)
+        assert scenes == tuple(sample_sibling(2, split, number + i) for i in range(2))
+        assert [s.number for s in scenes] == [number, number + 1]
+        a, b = (record(s) for s in scenes)
+        plain = sample_scene(2, split, number)
+        if scenes[0] == plain:  # nothing to exchange: an independent scene follows
+            assert scenes[1] == sample_scene(2, split, number + 1)
+            kinds["none", len(a["objects"]) == 1] += 1
+            continue
+        assert replace(scenes[0], claims=None) == plain
+        assert scenes[0].background == scenes[1].background
+        assert scenes[0].image_id != scenes[1].image_id
+        # Captions of the same words, each true of its own scene and false of the other.
+        assert (a["relational"], a["swapped"]) == (b["swapped"], b["relational"])
+        assert sorted(a["relational"].split()) == sorted(b["relational"].split())
+        for own, other in ((a, b), (b, a)):
+            assert relational_truth(own["relational"], own["objects"])
+            assert not relational_truth(own["relational"], other["objects"])
+        # The same objects but for one attribute, or the place, of two.
+        keys = ("shape", "color", "size", "texture", "place")
+        for key in keys:
+            assert Counter(o[key] for o in a["objects"]) == Counter(o[key] for o in b["objects"])
+        changed = Counter(o["place"] for o in a["objects"] if o not in b["objects"])
+        assert len(changed) == 2
+        at = [{o["place"]: o for o in row["objects"] if o["place"] in changed} for row in (a, b)]
+        keys = [k for k in keys if any(at[0][p][k] != at[1][p][k] for p in changed)]
+        (p, q) = changed
+        for key in keys:
+            assert (at[0][p][key], at[0][q][key]) == (at[1][q][key], at[1][p][key])
+        kinds[keys[0] if len(keys) == 1 else "place"] += 1
+    # Few scenes of several objects have no sibling, and every attribute is exchanged.
+    assert kinds["none", False] < 0.05 * kinds.total()
+    assert min(kinds[k] for k in ("shape", "color", "size", "texture", "place")) > 10, kinds
+
+
 def test_held_out_combinations_are_only_in_heldout(records: dict) -> None:
     assert len(HELD_OUT) == len({s for s, _ in HELD_OUT}) == len({c for _, c in HELD_OUT}) == 8
-    for split in ("train", "val"):
+    for split in ("train", "val", "siblings"):
         for row in records[split]:
             assert not {(o["shape"], o["color"]) for o in row["objects"]} & set(HELD_OUT)
             sentences = [*row["captions"], row["swapped"] or ""]
@@ -260,7 +304,7 @@ def test_held_out_combinations_are_only_in_heldout(records: dict) -> None:
         assert {(o["shape"], o["color"]) for o in row["objects"]} & set(HELD_OUT)
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", SETS)
 def test_answers_are_true(records: dict, split: str) -> None:
     asked = Counter()
     for row in records[split]:
@@ -273,7 +317,7 @@ def test_answers_are_true(records: dict, split: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["exists", "relation"])
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", SETS)
 def test_yes_no_is_balanced(records: dict, split: str, kind: str) -> None:
     answers = [q["answer"] for row in records[split] for q in row["questions"] if q["type"] == kind]
     # 4 standard deviations of a fair coin.
@@ -292,7 +336,7 @@ def test_blind_answer_accuracy(records: dict) -> None:
         blind_answer_accuracy([])
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", SETS)
 def test_entailment_labels(records: dict, split: str) -> None:
     for row in records[split]:
         assert {e["label"] for e in row["entailment"]} == {"entailment", "neutral", "contradiction"}
@@ -396,12 +440,19 @@ def test_png_decodes_to_the_rendered_pixels(size: int) -> None:
             np.testing.assert_array_equal(np.asarray(decoded), image)
 
 
-def test_shards_are_readable_and_reproducible(tmp_path: Path) -> None:
+@pytest.mark.parametrize("siblings", [False, True])
+def test_shards_are_readable_and_reproducible(tmp_path: Path, siblings: bool) -> None:
+    sample = sample_sibling if siblings else sample_scene
     for name in ("a", "b"):
         # A longer earlier set leaves nothing behind.
         write_shards(tmp_path / name, num_samples=70, samples_per_shard=30, progress=False)
         summary = write_shards(
-            tmp_path / name, num_samples=50, num_pairs=10, samples_per_shard=30, progress=False
+            tmp_path / name,
+            num_samples=50,
+            num_pairs=10,
+            siblings=siblings,
+            samples_per_shard=30,
+            progress=False,
         )
     assert summary["shards"] == ["train-000000.tar", "train-000001.tar"]
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
@@ -414,7 +465,7 @@ def test_shards_are_readable_and_reproducible(tmp_path: Path) -> None:
             for member in tar:
                 names.append(member.name)
                 data = tar.extractfile(member).read()
-                scene = sample_scene(0, "train", int(Path(member.name).stem))
+                scene = sample(0, "train", int(Path(member.name).stem))
                 if member.name.endswith(".json"):
                     assert json.loads(data) == json.loads(json.dumps(record(scene)))
                 else:
@@ -429,9 +480,16 @@ def test_shards_are_readable_and_reproducible(tmp_path: Path) -> None:
 
 def test_make_writes_the_splits(tmp_path: Path) -> None:
     summaries = make(
-        tmp_path, 120, val_samples=20, heldout_samples=0, image_size=32, progress=False
+        tmp_path,
+        120,
+        val_samples=20,
+        heldout_samples=0,
+        image_size=32,
+        siblings=True,
+        progress=False,
     )
     assert list(summaries) == ["train", "val"]
+    assert [s["siblings"] for s in summaries.values()] == [True, False]
     assert (summaries["train"]["num_pairs"], summaries["val"]["num_pairs"]) == (60, 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train", "val"]
     info = json.loads((tmp_path / "val" / "val.info.json").read_text())
@@ -444,6 +502,7 @@ def test_make_writes_the_splits(tmp_path: Path) -> None:
     [
         ({"num_samples": 0}, "num_samples"),
         ({"num_samples": 1, "samples_per_shard": 0}, "samples_per_shard"),
+        ({"num_samples": 3, "siblings": True}, "num_samples"),
         ({"num_samples": 1, "split": "dev"}, "split"),
         ({"num_samples": 1, "seed": -1}, "seed"),
         ({"num_samples": 1, "image_size": 8}, "size"),

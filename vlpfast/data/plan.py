@@ -57,7 +57,7 @@ class StreamPlan:
     """The endless training stream of one rank.
 
     Position p of the stream holds sample permutation(seed, p // N)[p % N]; step s of rank r reads
-    positions s * W * B + i * W + r for i in 0..B-1. So each epoch reads each sample once over all
+    positions (s * W + r) * B + i for i in 0..B-1. So each epoch reads each sample once over all
     ranks, the global batch of a step does not depend on the world size, and a run is resumed by its
     step number alone.
 
@@ -67,7 +67,8 @@ class StreamPlan:
         seed: chooses the permutations.
         rank, world: this rank and the number of ranks W.
         window: 0 shuffles all samples; else blocks of `window` neighbours are shuffled, and samples
-            within each block, so that a cold disk reads one stretch at a time.
+            within each block, so that a cold disk reads one stretch at a time. Where it divides N
+            and B, every rank's batch consists of whole blocks: such as a scene and its sibling.
     """
 
     num_samples: int
@@ -89,8 +90,8 @@ class StreamPlan:
 
     def positions(self, step: int) -> np.ndarray:
         """(B,) int64 places in the stream that step `step` reads."""
-        first = step * self.world * self.batch_size + self.rank
-        return first + np.arange(self.batch_size, dtype=np.int64) * self.world
+        first = (step * self.world + self.rank) * self.batch_size
+        return first + np.arange(self.batch_size, dtype=np.int64)
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """(n,) int64 samples at `positions` (n,)."""

@@ -6,6 +6,7 @@ Every sample is a pure function of (seed, split, number), and all of its truth i
 
 from vlpfast.data.scenes.pairs import image_pair
 from vlpfast.data.scenes.render import Regions, regions, render
+from vlpfast.data.scenes.siblings import sample_sibling, sample_siblings
 from vlpfast.data.scenes.space import HELD_OUT, SPLITS, Object, Scene, sample_scene
 from vlpfast.data.scenes.text import ANSWERS, blind_answer_accuracy, describe, record
 from vlpfast.data.scenes.write import encode_png, make, write_shards
@@ -26,5 +27,7 @@ __all__ = [
     "regions",
     "render",
     "sample_scene",
+    "sample_sibling",
+    "sample_siblings",
     "write_shards",
 ]

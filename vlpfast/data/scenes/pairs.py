@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from vlpfast.data.scenes.space import (
@@ -51,11 +52,19 @@ def _shows(scene: Scene, word: str) -> bool:
     return any(word in (o.color, o.shape) for o in scene.objects)
 
 
-def image_pair(seed: int, split: Split, number: int, num_samples: int) -> dict[str, object]:
+def image_pair(
+    seed: int,
+    split: Split,
+    number: int,
+    num_samples: int,
+    *,
+    sample: Callable[[int, Split, int], Scene] = sample_scene,
+) -> dict[str, object]:
     """Pair `number` of a split: two of its first `num_samples` images, a statement and its truth.
 
     Odd pairs are true, even ones false. The kind is drawn before the images are searched, and every
-    word is as likely in true statements as in false ones: a sentence alone tells nothing.
+    word is as likely in true statements as in false ones: a sentence alone tells nothing. `sample`
+    gives the images of the set.
 
     Returns: left, right (names of images in the shards), statement, label (bool).
     """
@@ -63,7 +72,7 @@ def image_pair(seed: int, split: Split, number: int, num_samples: int) -> dict[s
     label = number % 2 == 1
     kind = pick(draw, tuple(TEMPLATES))
     for _ in range(MAX_TRIES):
-        left, right = (sample_scene(seed, split, int(draw() * num_samples)) for _ in range(2))
+        left, right = (sample(seed, split, int(draw() * num_samples)) for _ in range(2))
         # The first word is from one of the images: most random words are in neither.
         named = pick(draw, left.objects)
         words = pick(draw, (named.color, named.shape)), pick(draw, COLORS + SHAPES)

@@ -1,4 +1,5 @@
-"""What a scene is: attribute space, sampling, identity and truth. No pixels and no sentences here.
+"""What a scene is: attribute space, sampling, identity and truth. No pixels here, and of
+sentences only what relational ones claim.
 
 A scene is a pure function of (seed, split, number); nothing depends on what was drawn before it.
 
@@ -38,7 +39,7 @@ HELD_OUT = tuple((shape, COLORS[(3 * i + 2) % 8]) for i, shape in enumerate(SHAP
 SEEN = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
 
 GRID = 32  # a scene's unit of length is 1/32 of the image side: whole pixels at 64, 96, 224, ...
-CELL = 10  # a place is 10 units wide and starts at 0, 11 or 22: objects never touch
+CELL, CELL_STEP = 10, 11  # a place is 10 units wide, at 0, 11 or 22: objects never touch
 DIAMETERS = {"small": (5, 6), "large": (9, 10)}
 NUM_SHADES = 3
 SHARE_RATIO = 0.3  # chance that an object repeats the color or the shape of the one drawn before it
@@ -82,15 +83,60 @@ class Background(NamedTuple):
     strength: int
 
 
+class Phrase(NamedTuple):
+    """A noun phrase; an empty size or texture is not stated."""
+
+    size: str
+    texture: str
+    color: str
+    shape: str
+
+    def __str__(self) -> str:
+        return " ".join(word for word in self if word)
+
+    def fits(self, o: Object) -> bool:
+        """Whether the phrase is true of an object."""
+        return (
+            self.color == o.color
+            and self.shape == o.shape
+            and self.size in ("", o.size)
+            and self.texture in ("", o.texture)
+        )
+
+
+class Claim(NamedTuple):
+    """ "a `first` `relation` a `second`"."""
+
+    first: Phrase
+    relation: str
+    second: Phrase
+
+    def __str__(self) -> str:
+        return f"a {self.first} {self.relation} a {self.second}"
+
+    def holds(self, scene: Scene) -> bool:
+        """Whether some two objects of the scene are as claimed."""
+        return any(
+            self.first.fits(a) and self.second.fits(b) and related(a, self.relation, b)
+            for a in scene.objects
+            for b in scene.objects
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Everything there is to know about one image; `objects` in reading order of their cells."""
+    """Everything there is to know about one image; `objects` in reading order of their cells.
+
+    `claims`, where its relational caption is not to be drawn from the objects: what that says, and
+    a false one of the same words.
+    """
 
     seed: int
     split: Split
     number: int
     objects: tuple[Object, ...]
     background: Background
+    claims: tuple[Claim, Claim] | None = None
 
     @property
     def image_id(self) -> int:
@@ -163,8 +209,8 @@ def sample_scene(seed: int, split: Split, number: int) -> Scene:
         cell = cells.pop(int(draw() * len(cells)))
         size = pick(draw, SIZES)
         diameter = pick(draw, DIAMETERS[size])
-        x = 11 * (cell % 3) + int(draw() * (CELL - diameter + 1))
-        y = 11 * (cell // 3) + int(draw() * (CELL - diameter + 1))
+        x = CELL_STEP * (cell % 3) + int(draw() * (CELL - diameter + 1))
+        y = CELL_STEP * (cell // 3) + int(draw() * (CELL - diameter + 1))
         texture, shade = pick(draw, TEXTURES), int(draw() * NUM_SHADES)
         objects.append(Object(shape, color, size, texture, cell, x, y, diameter, shade))
     level = 185 + 40 * draw()

@@ -1,6 +1,6 @@
 """Sentences about scenes, each with its truth: captions, swaps, questions, entailment.
 
-A `Claim` is what a relational sentence says; `holds` decides it: none is merely assumed false.
+What a relational sentence says is a `Claim`; its `holds` decides it: none is merely assumed false.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from vlpfast.data.scenes.space import (
     SIZES,
     TEXT,
     TEXTURES,
+    Claim,
     Draw,
     Object,
+    Phrase,
     Scene,
     allowed,
     draw_combination,
     draws,
     pick,
-    related,
     relations,
     shuffled,
     unique,
@@ -34,46 +35,6 @@ from vlpfast.data.scenes.space import (
 
 ANSWERS = (*COLORS, *SHAPES, *SIZES, *TEXTURES, *PLACES, *"01234", "yes", "no")
 LABELS = ("entailment", "neutral", "contradiction")
-
-
-class Phrase(NamedTuple):
-    """A noun phrase; an empty size or texture is not stated."""
-
-    size: str
-    texture: str
-    color: str
-    shape: str
-
-    def __str__(self) -> str:
-        return " ".join(word for word in self if word)
-
-    def fits(self, o: Object) -> bool:
-        """Whether the phrase is true of an object."""
-        return (
-            self.color == o.color
-            and self.shape == o.shape
-            and self.size in ("", o.size)
-            and self.texture in ("", o.texture)
-        )
-
-
-class Claim(NamedTuple):
-    """ "a `first` `relation` a `second`"."""
-
-    first: Phrase
-    relation: str
-    second: Phrase
-
-    def __str__(self) -> str:
-        return f"a {self.first} {self.relation} a {self.second}"
-
-    def holds(self, scene: Scene) -> bool:
-        """Whether some two objects of the scene are as claimed."""
-        return any(
-            self.first.fits(a) and self.second.fits(b) and related(a, self.relation, b)
-            for a in scene.objects
-            for b in scene.objects
-        )
 
 
 def _join(parts: Sequence[str]) -> str:
@@ -84,8 +45,21 @@ def _combination(o: Object) -> tuple[str, str]:
     return o.shape, o.color
 
 
-def _relational(scene: Scene, draw: Draw) -> tuple[Claim, Claim | None] | None:
-    """A true claim about two random objects and a false one of the same words, where there are."""
+class Relation(NamedTuple):
+    """A true claim about objects `a` and `b`.
+
+    `false` are claims of the same words that do not hold: "place" or a field of `Phrase` -> the
+    claim with these of the two objects exchanged.
+    """
+
+    a: Object
+    b: Object
+    claim: Claim
+    false: dict[str, Claim]
+
+
+def relate(scene: Scene, draw: Draw) -> Relation | None:
+    """A relation of two random objects; None where there is a single one."""
     if len(scene.objects) < 2:
         return None
     a, b = shuffled(draw, scene.objects)[:2]
@@ -101,20 +75,30 @@ def _relational(scene: Scene, draw: Draw) -> tuple[Claim, Claim | None] | None:
         for o in (a, b)
     )
     claim = Claim(first, pick(draw, relations(a, b)), second)
-    exchanges = [(second, first)]
+    exchanges = {"place": (second, first)}
     for field in Phrase._fields:
         x, y = getattr(first, field), getattr(second, field)
         if x and y and x != y:
-            exchanges.append((first._replace(**{field: y}), second._replace(**{field: x})))
+            exchanges[field] = first._replace(**{field: y}), second._replace(**{field: x})
     options = allowed(scene.split)
-    false = [
-        swapped
-        for x, y in exchanges
+    false = {
+        field: swapped
+        for field, (x, y) in exchanges.items()
         if (x.shape, x.color) in options
         and (y.shape, y.color) in options
         and not (swapped := Claim(x, claim.relation, y)).holds(scene)
-    ]
-    return claim, (pick(draw, false) if false else None)
+    }
+    return Relation(a, b, claim, false)
+
+
+def _claims(scene: Scene, draw: Draw) -> tuple[Claim, Claim | None] | None:
+    """A true claim about two objects and a false one of the same words, where there are."""
+    if scene.claims is not None:
+        return scene.claims
+    found = relate(scene, draw)
+    if found is None:
+        return None
+    return found.claim, (pick(draw, list(found.false.values())) if found.false else None)
 
 
 def describe(scene: Scene) -> list[str]:
@@ -135,7 +119,7 @@ def _captions(scene: Scene, draw: Draw) -> tuple[list[str], tuple[Claim, Claim |
         ", ".join([f"{o.place} {o.size} {o.texture} {o.color} {o.shape}" for o in mixed]),
         _join([f"a {o.color} {o.shape}" for o in mixed]),
     ]
-    pair = _relational(scene, draw)
+    pair = _claims(scene, draw)
     if pair:
         captions.append(str(pair[0]))
     return captions, pair

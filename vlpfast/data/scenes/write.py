@@ -17,6 +17,7 @@ from tqdm import trange
 
 from vlpfast.data.scenes.pairs import image_pair
 from vlpfast.data.scenes.render import render
+from vlpfast.data.scenes.siblings import sample_sibling
 from vlpfast.data.scenes.space import HELD_OUT, SPLITS, Split, sample_scene
 from vlpfast.data.scenes.text import ANSWERS, record
 
@@ -59,6 +60,7 @@ def write_shards(
     image_size: int = 64,
     seed: int = 0,
     num_pairs: int = 0,
+    siblings: bool = False,
     samples_per_shard: int = 10_000,
     progress: bool = True,
 ) -> dict[str, object]:
@@ -75,14 +77,19 @@ def write_shards(
         image_size: side of the square images, pixels.
         seed: same seed, same set.
         num_pairs: image pairs for NLVR.
+        siblings: odd samples are siblings of the even ones before them (`sample_siblings`).
         samples_per_shard: images per tar.
         progress: show a bar, where the output is a terminal.
-    Returns: split, num_samples, num_pairs, image_size, seed, shards, num_duplicates (samples whose
-        description an earlier one has), held_out (combinations), answers (the VQA vocabulary).
+    Returns: split, num_samples, num_pairs, image_size, seed, siblings, shards, num_duplicates
+        (samples whose description an earlier one has), held_out (combinations), answers (the VQA
+        vocabulary).
     """
     for name, value in {"num_samples": num_samples, "samples_per_shard": samples_per_shard}.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    if siblings and num_samples % 2:
+        raise ValueError(f"num_samples: expected an even number with siblings, got {num_samples}")
+    sample = sample_sibling if siblings else sample_scene
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(f"{split}-??????.tar"):
@@ -99,7 +106,7 @@ def write_shards(
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
             for _ in range(min(samples_per_shard, num_samples - start)):
                 number = next(steps)
-                scene = sample_scene(seed, split, number)
+                scene = sample(seed, split, number)
                 seen.add(scene.image_id)
                 _add(tar, f"{number:09d}.png", encode_png(render(scene, image_size)))
                 _add(tar, f"{number:09d}.json", _json(record(scene)))
@@ -107,7 +114,9 @@ def write_shards(
         shards.append(path.name)
     next(steps, None)  # lets the bar close
     if num_pairs:
-        lines = [_json(image_pair(seed, split, i, num_samples)) for i in range(num_pairs)]
+        lines = [
+            _json(image_pair(seed, split, i, num_samples, sample=sample)) for i in range(num_pairs)
+        ]
         (folder / f"{split}.nlvr.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     summary: dict[str, object] = {
         "split": split,
@@ -115,6 +124,7 @@ def write_shards(
         "num_pairs": num_pairs,
         "image_size": image_size,
         "seed": seed,
+        "siblings": siblings,
         "shards": shards,
         "num_duplicates": num_samples - len(seen),
         "held_out": [" ".join((color, shape)) for shape, color in HELD_OUT],
@@ -135,12 +145,14 @@ def make(
     val_samples: int = 1000,
     heldout_samples: int = 1000,
     image_size: int = 64,
+    siblings: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, dict[str, object]]:
     """Writes `out`/train, `out`/val and `out`/heldout, each with half as many pairs as images.
 
-    A split with 0 samples is left out; one with fewer than 100 gets no pairs.
+    A split with 0 samples is left out; one with fewer than 100 gets no pairs. `siblings` is of the
+    training split alone.
 
     Returns: split -> the summary of `write_shards`.
     """
@@ -153,6 +165,7 @@ def make(
             image_size=image_size,
             seed=seed,
             num_pairs=count // 2 if count >= 100 else 0,
+            siblings=siblings and split == "train",
             progress=progress,
         )
         for split, count in counts.items()
