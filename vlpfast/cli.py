@@ -212,9 +212,9 @@ def _data_make(args: list[str]) -> int:
             val_samples: validation images.
             heldout_samples: images with attribute combinations that training never shows.
             image_size: side of the square images, pixels.
-            siblings: every second training image is the one before it with attributes or places of
-                two objects swapped, told by captions of the same words; train with
-                --data.window 2 to have both in one batch.
+            siblings: share of pairs of neighbouring training images that differ only in attributes
+                or places of two objects, swapped, and are told by captions of the same words;
+                --data.window 2 trains with both in one batch.
             seed: another seed gives other samples.
             json: print the summary as JSON.
         """
@@ -225,7 +225,7 @@ def _data_make(args: list[str]) -> int:
         val_samples: int = 1000
         heldout_samples: int = 1000
         image_size: int = 64
-        siblings: bool = False
+        siblings: float = 0.0
         seed: int = 0
         json: bool = False
 

@@ -12,6 +12,7 @@ import re
 import tarfile
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -289,6 +290,19 @@ def test_siblings_differ_exactly_by_the_swap(split: str) -> None:
     assert min(kinds[k] for k in ("shape", "color", "size", "texture", "place")) > 10, kinds
 
 
+def test_share_of_siblings() -> None:
+    num_siblings = {}
+    for share in (0.0, 0.25, 1.0):
+        pairs = [sample_siblings(0, "train", i, share) for i in range(0, 4000, 2)]
+        num_siblings[share] = sum(a.claims is not None for a, _ in pairs)
+        for i, pair in enumerate(pairs):
+            if pair[0].claims is None:
+                assert pair == tuple(sample_scene(0, "train", 2 * i + j) for j in range(2))
+    assert num_siblings[0.0] == 0
+    # A quarter of 2,000, within 4 standard deviations, of what can be swapped.
+    assert abs(num_siblings[0.25] / num_siblings[1.0] - 0.25) < 0.045
+
+
 def test_held_out_combinations_are_only_in_heldout(records: dict) -> None:
     assert len(HELD_OUT) == len({s for s, _ in HELD_OUT}) == len({c for _, c in HELD_OUT}) == 8
     for split in ("train", "val", "siblings"):
@@ -440,9 +454,9 @@ def test_png_decodes_to_the_rendered_pixels(size: int) -> None:
             np.testing.assert_array_equal(np.asarray(decoded), image)
 
 
-@pytest.mark.parametrize("siblings", [False, True])
-def test_shards_are_readable_and_reproducible(tmp_path: Path, siblings: bool) -> None:
-    sample = sample_sibling if siblings else sample_scene
+@pytest.mark.parametrize("siblings", [0.0, 0.5, 1.0])
+def test_shards_are_readable_and_reproducible(tmp_path: Path, siblings: float) -> None:
+    sample = partial(sample_sibling, share=siblings) if siblings else sample_scene
     for name in ("a", "b"):
         # A longer earlier set leaves nothing behind.
         write_shards(tmp_path / name, num_samples=70, samples_per_shard=30, progress=False)
@@ -485,11 +499,11 @@ def test_make_writes_the_splits(tmp_path: Path) -> None:
         val_samples=20,
         heldout_samples=0,
         image_size=32,
-        siblings=True,
+        siblings=1.0,
         progress=False,
     )
     assert list(summaries) == ["train", "val"]
-    assert [s["siblings"] for s in summaries.values()] == [True, False]
+    assert [s["siblings"] for s in summaries.values()] == [1.0, 0.0]
     assert (summaries["train"]["num_pairs"], summaries["val"]["num_pairs"]) == (60, 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train", "val"]
     info = json.loads((tmp_path / "val" / "val.info.json").read_text())
@@ -502,7 +516,8 @@ def test_make_writes_the_splits(tmp_path: Path) -> None:
     [
         ({"num_samples": 0}, "num_samples"),
         ({"num_samples": 1, "samples_per_shard": 0}, "samples_per_shard"),
-        ({"num_samples": 3, "siblings": True}, "num_samples"),
+        ({"num_samples": 3, "siblings": 1.0}, "num_samples"),
+        ({"num_samples": 2, "siblings": 1.5}, "siblings"),
         ({"num_samples": 1, "split": "dev"}, "split"),
         ({"num_samples": 1, "seed": -1}, "seed"),
         ({"num_samples": 1, "image_size": 8}, "size"),

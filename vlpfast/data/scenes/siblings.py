@@ -24,23 +24,26 @@ from vlpfast.data.scenes.space import (
 from vlpfast.data.scenes.text import relate
 
 
-def sample_siblings(seed: int, split: Split, number: int) -> tuple[Scene, Scene]:
+def sample_siblings(
+    seed: int, split: Split, number: int, share: float = 1.0
+) -> tuple[Scene, Scene]:
     """Samples `number` and `number + 1` of a set with siblings.
 
     The first is `sample_scene`'s, the second the same with places, sizes, textures, colors or
     shapes of two objects exchanged. The relational caption of each has the words of the other's and
     is false of the other. Where no exchange does that within the split (as with a single object),
-    the second is `sample_scene`'s too.
+    and in all but a random `share` of pairs, the second is `sample_scene`'s too.
 
     Args:
         seed, split: as in `sample_scene`.
         number: even.
+        share: of pairs that are siblings, in [0, 1].
     """
     if number % 2:
         raise ValueError(f"number: expected an even one, got {number}")
     scene = sample_scene(seed, split, number)
     draw = draws(seed, split, number + 1, SCENE)
-    found = relate(scene, draw)
+    found = relate(scene, draw) if share == 1 or draw() < share else None
     for field in shuffled(draw, list(found.false)) if found else ():
         swapped = found.false[field]
         objects = exchange(scene.objects, found.a, found.b, field)
@@ -50,9 +53,9 @@ def sample_siblings(seed: int, split: Split, number: int) -> tuple[Scene, Scene]
     return scene, sample_scene(seed, split, number + 1)
 
 
-def sample_sibling(seed: int, split: Split, number: int) -> Scene:
+def sample_sibling(seed: int, split: Split, number: int, share: float = 1.0) -> Scene:
     """Sample `number` of a set with siblings."""
-    return sample_siblings(seed, split, number - number % 2)[number % 2]
+    return sample_siblings(seed, split, number - number % 2, share)[number % 2]
 
 
 def exchange(objects: tuple[Object, ...], a: Object, b: Object, field: str) -> tuple[Object, ...]:

@@ -5,6 +5,7 @@ The same arguments give the same bytes.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import struct
@@ -60,7 +61,7 @@ def write_shards(
     image_size: int = 64,
     seed: int = 0,
     num_pairs: int = 0,
-    siblings: bool = False,
+    siblings: float = 0.0,
     samples_per_shard: int = 10_000,
     progress: bool = True,
 ) -> dict[str, object]:
@@ -77,7 +78,7 @@ def write_shards(
         image_size: side of the square images, pixels.
         seed: same seed, same set.
         num_pairs: image pairs for NLVR.
-        siblings: odd samples are siblings of the even ones before them (`sample_siblings`).
+        siblings: this share of odd samples are siblings of those before them (`sample_siblings`).
         samples_per_shard: images per tar.
         progress: show a bar, where the output is a terminal.
     Returns: split, num_samples, num_pairs, image_size, seed, siblings, shards, num_duplicates
@@ -87,9 +88,11 @@ def write_shards(
     for name, value in {"num_samples": num_samples, "samples_per_shard": samples_per_shard}.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    if not 0 <= siblings <= 1:
+        raise ValueError(f"siblings: expected a share in [0, 1], got {siblings}")
     if siblings and num_samples % 2:
         raise ValueError(f"num_samples: expected an even number with siblings, got {num_samples}")
-    sample = sample_sibling if siblings else sample_scene
+    sample = functools.partial(sample_sibling, share=siblings) if siblings else sample_scene
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(f"{split}-??????.tar"):
@@ -145,7 +148,7 @@ def make(
     val_samples: int = 1000,
     heldout_samples: int = 1000,
     image_size: int = 64,
-    siblings: bool = False,
+    siblings: float = 0.0,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, dict[str, object]]:
@@ -165,7 +168,7 @@ def make(
             image_size=image_size,
             seed=seed,
             num_pairs=count // 2 if count >= 100 else 0,
-            siblings=siblings and split == "train",
+            siblings=siblings if split == "train" else 0.0,
             progress=progress,
         )
         for split, count in counts.items()
