@@ -242,6 +242,15 @@ def test_help_has_an_example(line, capsys):
     assert "xample:" in out
 
 
+def test_data_make_siblings(tmp_path, capsys):
+    args = ["data", "make", "scenes", str(tmp_path), "--num-samples=4", "--val-samples=2"]
+    assert cli.main([*args, "--heldout-samples=0", "--siblings=1", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert {split: info["siblings"] for split, info in made.items()} == {"train": 1.0, "val": 0.0}
+    assert cli.main([*args, "--siblings=2"]) == 1
+    assert "siblings: expected a share in [0, 1], got 2.0" in error_of(capsys)
+
+
 def test_train_help_names_the_recipes(capsys):
     assert cli.main(["train", "--help"]) == 0
     out = capsys.readouterr().out
