@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kGrainLogits = 32768;
 // Columns are summed in blocks, and blocks then: rounding does not grow with the vocabulary.
 constexpr int64_t kBlock = 1024;
-// What stands behind the last column: so far below the maximum that its exponential is 0.
+// What stands behind the last column: so far below the maximum that its exponential is nothing.
 constexpr float kBelow = 200.0f;
 
 // A matrix of logits, fp32 or bf16, unit column stride.
@@ -124,10 +124,14 @@ struct Normaliser {
   float top, log_sum, top_m, log_sum_m;
 };
 
+// exp(x), 0 where that is no normal number: a word that is ruled out gets no gradient at all, and the
+// products that follow meet no denormals.
+VLPFAST_INLINE F16 probability16(F16 x) { return x < -87.3f ? F16{} : exp16(x); }
+
 template <bool kTeacher>
 VLPFAST_INLINE F16 gradient16(F16 z, F16 z_m, const Problem& p, const Normaliser& n) {
-  F16 g = exp16((z - n.top) - n.log_sum) - p.smooth;
-  if (kTeacher) g -= exp16((z_m - n.top_m) - n.log_sum_m) * p.alpha;
+  F16 g = probability16((z - n.top) - n.log_sum) - p.smooth;
+  if (kTeacher) g -= probability16((z_m - n.top_m) - n.log_sum_m) * p.alpha;
   return g;
 }
 
