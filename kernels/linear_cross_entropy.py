@@ -44,9 +44,8 @@ def _linear_cross_entropy_pass_kernel(
 ):  # fmt: skip
     pid_m = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + pid_m * stride_lm
-    teacher_row = teacher_ptr
     if HAS_TEACHER:
-        teacher_row += pid_m * stride_tm
+        teacher_row = teacher_ptr + pid_m * stride_tm
     target = tl.load(target_ptr + pid_m)
     ignored = target == ignore_index
     valid = (target >= 0) & (target < V)
@@ -265,26 +264,26 @@ def linear_cross_entropy_fwd(
 
 
 def _pass_case(dtype: str, has_teacher: bool, max_registers: int) -> AotCase:
+    # As the launcher leaves out what is None.
+    optional = {"bias_ptr": "*fp32"}
+    if dtype == "bf16":
+        optional["exact_ptr"] = "*fp32"
+    if has_teacher:
+        optional |= {"teacher_ptr": f"*{dtype}", "teacher_bias_ptr": "*fp32"}
+    pointers = ("bias_ptr", "exact_ptr", "teacher_ptr", "teacher_bias_ptr")
     return AotCase(
         name=f"linear_cross_entropy-pass-{dtype}{'-teacher' if has_teacher else ''}",
         kernel=_linear_cross_entropy_pass_kernel,
         types={
             "logits_ptr": f"*{dtype}",
-            "bias_ptr": "*fp32",
             "target_ptr": "*i64",
-            "exact_ptr": "*fp32",
-            "teacher_ptr": f"*{dtype}",
-            "teacher_bias_ptr": "*fp32",
             "loss_ptr": "*fp32",
-            "V": "i32",
-            "stride_lm": "i32",
-            "stride_tm": "i32",
-            "ignore_index": "i32",
-            "hard": "fp32",
-            "smooth": "fp32",
-            "alpha": "fp32",
+            **optional,
+            **dict.fromkeys(("V", "stride_lm", "stride_tm", "ignore_index"), "i32"),
+            **dict.fromkeys(("hard", "smooth", "alpha"), "fp32"),
         },
         constants={
+            **{name: None for name in pointers if name not in optional},
             "HAS_BIAS": True,
             "HAS_EXACT": dtype == "bf16",
             "HAS_TEACHER": has_teacher,
