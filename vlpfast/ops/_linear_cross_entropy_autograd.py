@@ -77,7 +77,7 @@ class _Eager(torch.autograd.Function):
             loss, grads = losses_and_grads(rows, options, ctx.wanted)
         else:
             loss = losses_only(rows, options)
-        ctx.made = grads != Grads(None, None, None)
+        ctx.made = any(x is not None for x in grads)
         teacher = rows.teacher or Head(None, None, None)
         kept = (None,) * 7 if ctx.made else (*rows.student, *teacher, rows.target)
         ctx.save_for_backward(rows.index, dlogits, *grads, *kept)
