@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from vlpfast.ops import _linear_cross_entropy_autograd as autograd
 from vlpfast.ops import _linear_cross_entropy_chunked as chunked
@@ -219,6 +220,28 @@ def test_gradcheck_of_the_driver(uniform, chunk, max_rows, monkeypatch) -> None:
 
     leaves = [x.double().requires_grad_() for x in tensors]
     assert torch.autograd.gradcheck(losses, leaves)
+
+
+@pytest.mark.parametrize("uniform", [True, False], ids=["mean", "none"])
+@pytest.mark.parametrize("chunk", ["one", "several"])
+@pytest.mark.parametrize("max_rows", [None, 5, 7])
+def test_the_host_reads_no_number_of_rows(uniform, chunk, max_rows, monkeypatch) -> None:
+    """Tensors without values: whatever reads one raises."""
+    monkeypatch.setattr(chunked, "passes_of", lambda _: eager_passes())
+    if chunk == "several":
+        small_chunks(monkeypatch, 6)
+    options = Options("cpp", 0.1, 0.3, -100, max_rows, uniform)
+    with FakeTensorMode():
+        tensors = [torch.randn(s).requires_grad_() for s in ((7, 3), (6, 3), (6,))]
+        teacher = Head(torch.randn(7, 4), torch.randn(6, 4), torch.randn(6))
+        target = torch.zeros(7, dtype=torch.int64)
+        call = lambda: autograd.row_losses(Head(*tensors), teacher, target, options).sum()
+        if max_rows is None:
+            with pytest.raises(DynamicOutputShapeException):
+                call()
+        else:
+            call().backward()
+            assert tensors[1].grad.shape == (6, 3)
 
 
 @pytest.mark.parametrize(("impl", "device"), KERNELS)
