@@ -7,6 +7,7 @@ A benchmark module `benchmarks/ops/bench_<op>.py` is a `Bench`; README.md shows 
 from __future__ import annotations
 
 import importlib
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -166,12 +167,14 @@ Prepare = Callable[[Case], Sampler]
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure: rounds per case, each one sample of every implementation."""
+    """How long to measure: rounds per case, each one sample of every implementation, and after how
+    many seconds no round beyond `timing.MIN_ROUNDS` begins."""
 
     rounds: int
+    seconds: float = math.inf
 
 
-FULL, QUICK = Budget(rounds=51), Budget(rounds=7)
+FULL, QUICK = Budget(rounds=51, seconds=20.0), Budget(rounds=7)
 
 
 def cases(bench: Bench, shapes: Sequence[Shape], device: torch.device) -> Iterator[Case]:
@@ -217,7 +220,7 @@ def measure(
             failed[name] = "".join(traceback.format_exception_only(error)).strip()
     if not ready:
         return Outcome([], failed)
-    samples = interleave(ready, budget.rounds)
+    samples = interleave(ready, budget.rounds, budget.seconds)
     return Outcome(
         [
             make_row(

@@ -56,11 +56,14 @@ class Contrastive(Shape):
 
 @dataclass(frozen=True)
 class LinearCrossEntropy(Shape):
-    """Hidden states (T, D) against a vocabulary (V, D)."""
+    """Hidden states (T, D) against a vocabulary (V, D); `num_kept` rows have a target, and a
+    momentum teacher of the same size adds soft ones where `distilled`."""
 
     num_tokens: int
+    num_kept: int
     vocab: int
     dim: int
+    distilled: bool
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,20 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = MappingProxyType(
             Contrastive("siglip-b16-b16384", True, 16384, 768, 0),
             Contrastive("albef-b64-queue65536", False, 64, 256, 65536),
         ),
-        # BERT's vocabulary under 15 % masking; CoCa's captions of 76 tokens over 64,000 words.
+        # BERT's vocabulary under 15 % masking of 30, 40 and 70 tokens a text, with ALBEF's teacher;
+        # BLIP's captions of 35 tokens and CoCa's of 76 over 64,000 words; the head of an 8B Llama.
         "linear_cross_entropy": _named(
-            LinearCrossEntropy("mlm-1024x30522x768", False, 1024, 30522, 768),
-            LinearCrossEntropy("mlm-8192x30522x768", True, 8192, 30522, 768),
-            LinearCrossEntropy("coca-caption-4864x64000x768", True, 4864, 64000, 768),
+            LinearCrossEntropy("mlm-1024x30522x768", False, 1024, 154, 30522, 768, False),
+            LinearCrossEntropy("albef-mlm-1024x30522x768", False, 1024, 154, 30522, 768, True),
+            LinearCrossEntropy("blip-caption-560x30522x768", False, 560, 560, 30522, 768, False),
+            LinearCrossEntropy("albef-mlm-64x30", True, 1920, 288, 30522, 768, True),
+            LinearCrossEntropy("mlm-256x40", True, 10240, 1536, 30522, 768, False),
+            LinearCrossEntropy("mlm-512x70", True, 35840, 5376, 30522, 768, False),
+            LinearCrossEntropy("albef-mlm-512x70", True, 35840, 5376, 30522, 768, True),
+            LinearCrossEntropy("blip-caption-64x35", True, 2240, 2240, 30522, 768, False),
+            LinearCrossEntropy("coca-caption-64x76", True, 4864, 4864, 64000, 768, False),
+            LinearCrossEntropy("clip-caption-256x76", True, 19456, 19456, 49408, 768, False),
+            LinearCrossEntropy("llama-4096x128256x4096", True, 4096, 4096, 128256, 4096, False),
         ),
         # ViLT aligns up to 40 words with patches; UNITER up to 60 words with 36 detector regions.
         "transport": _named(

@@ -8,6 +8,7 @@ A timer takes one sample at a time, so that implementations can take turns: a sl
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -142,15 +143,24 @@ def num_buffers(num_bytes: int, device: torch.device) -> int:
     return min(64, max(1, -(-3 * l2_bytes // max(1, num_bytes))))
 
 
-def interleave(timers: Mapping[str, Timer], rounds: int) -> dict[str, list[float]]:
+# Calls of a second are slow enough for their median to need no more.
+MIN_ROUNDS = 7
+
+
+def interleave(
+    timers: Mapping[str, Timer], rounds: int, seconds: float = math.inf
+) -> dict[str, list[float]]:
     """Samples every timer once a round, in an order that rotates so that none always follows the
-    same one."""
+    same one; after `seconds` no round beyond MIN_ROUNDS begins."""
     names = list(timers)
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
     try:
+        start = time.perf_counter()
         for i in range(rounds):
+            if i >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+                break
             first = i % len(names)
             for name in names[first:] + names[:first]:
                 samples[name].append(timers[name].sample())

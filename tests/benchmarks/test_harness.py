@@ -166,6 +166,20 @@ def test_interleave_takes_turns_in_a_rotating_order():
     assert samples["a"] == [1.0, 6.0, 8.0, 10.0]
 
 
+def test_interleave_stops_slow_calls_after_the_fewest_rounds(monkeypatch: pytest.MonkeyPatch):
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def sample() -> float:
+        clock[0] += 1.0
+        return 1000.0
+
+    timers = {"a": SimpleNamespace(sample=sample)}
+    assert len(timing.interleave(timers, rounds=51, seconds=3.0)["a"]) == timing.MIN_ROUNDS
+    assert len(timing.interleave(timers, rounds=51, seconds=20.0)["a"]) == 21
+    assert len(timing.interleave(timers, rounds=5, seconds=3.0)["a"]) == 5
+
+
 def test_cpu_timer_measures_one_call(monkeypatch: pytest.MonkeyPatch):
     clock = [0]
     monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: clock[0])

@@ -1,16 +1,81 @@
-"""Projection to a vocabulary and cross-entropy in one op: MLM, LM, captioning, distillation."""
+"""Projection to a vocabulary and cross-entropy in one op: MLM, LM, captioning, distillation.
+
+Checks, reductions and the choice of implementation are here; `_linear_cross_entropy_chunked.py`
+computes, `_linear_cross_entropy_autograd.py` differentiates.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
-from vlpfast.ops._dispatch import reference_only
+from vlpfast import _ext
+from vlpfast.ops._dispatch import Implementation, Op
+from vlpfast.ops._linear_cross_entropy_autograd import row_losses
+from vlpfast.ops._linear_cross_entropy_chunked import Head, Options
 from vlpfast.ops.reference import linear_cross_entropy as reference
 
-_OP = reference_only("linear_cross_entropy", reference.linear_cross_entropy)
-
 Teacher = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _reference(
+    student: Head,
+    teacher: Head | None,
+    target: Tensor,
+    *,
+    label_smoothing: float,
+    alpha: float,
+    ignore_index: int,
+    max_rows: int | None,
+    uniform: bool,
+) -> Tensor:
+    """Losses (N,) by eager code, in which the number of kept rows is a shape."""
+    kept = (target != ignore_index).nonzero().squeeze(1)
+    loss = reference.linear_cross_entropy(
+        student.hidden[kept],
+        student.weight,
+        target[kept],
+        student.bias,
+        label_smoothing=label_smoothing,
+        teacher=None if teacher is None else (teacher.hidden[kept], *teacher[1:]),
+        alpha=alpha,
+    )
+    return loss.new_zeros(target.shape).index_copy(0, kept, loss)
+
+
+def _fast(
+    student: Head, teacher: Head | None, target: Tensor, *, impl: str, **options: object
+) -> Tensor:
+    return row_losses(student, teacher, target, Options(impl, **options))
+
+
+def _cpp_rejects(*, device: torch.device, dtypes: set[torch.dtype]) -> str | None:
+    return _ext.cpp_rejects(device) or _dtypes_rejected(dtypes, torch.float32, torch.bfloat16)
+
+
+def _triton_rejects(*, device: torch.device, dtypes: set[torch.dtype]) -> str | None:
+    takes = (torch.float32, torch.bfloat16, torch.float16)
+    return _ext.triton_rejects(device) or _dtypes_rejected(dtypes, *takes)
+
+
+def _dtypes_rejected(dtypes: set[torch.dtype], *takes: torch.dtype) -> str | None:
+    rejected = sorted(str(dtype) for dtype in dtypes - set(takes))
+    return f"makes logits in {[str(t) for t in takes]}, got {rejected}" if rejected else None
+
+
+_OP = Op(
+    "linear_cross_entropy",
+    {
+        "reference": Implementation(_reference),
+        "cpp": Implementation(functools.partial(_fast, impl="cpp"), _ext.cpp_missing, _cpp_rejects),
+        "triton": Implementation(
+            functools.partial(_fast, impl="triton"), _ext.triton_missing, _triton_rejects
+        ),
+    },
+    auto={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+)
 
 
 def linear_cross_entropy(
@@ -24,6 +89,7 @@ def linear_cross_entropy(
     teacher: Teacher | None = None,
     alpha: float = 0.0,
     reduction: str = "mean",
+    max_rows: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Cross-entropy of the logits hidden @ weight.T + bias; ignored rows never meet the weight.
@@ -34,17 +100,33 @@ def linear_cross_entropy(
         loss_i  = hard_i                                           without a teacher
         loss_i  = (1 - alpha) * hard_i + alpha * soft_i            with one
 
+    Logits exist for a chunk of rows at a time, 256 MiB of them (the teacher's as well), and become
+    their own gradient in place. Kept for the backward is that gradient, if one chunk holds all
+    rows; else, for "mean" and "sum", the gradients of hidden, weight and bias; else, for "none",
+    the inputs, and logits are computed again. Under torch.compile the second also replaces the
+    first. Gradients that nobody asks for are not computed. Same inputs, same bits.
+
+    Precision: weight @ hidden is made in the wider of the two dtypes, as a linear layer's product
+    (bf16 logits of bf16 inputs; autocast changes nothing); bias, softmax, losses and sums over
+    chunks are fp32. Among bf16 logits that of the target is not rounded.
+
     Args:
         hidden (..., D): fp32/bf16/fp16/fp64.
-        weight (V, D): the output embedding; read in fp32 if `hidden` is not fp64.
-        target (...): int64 in [0, V), or ignore_index (which may itself lie in [0, V)).
+        weight (V, D): the output embedding. It is converted only where `hidden` is wider.
+        target (...): int64 in [0, V), or ignore_index (which may itself lie in [0, V)). Anything
+            else is an IndexError or RuntimeError on the CPU; on a GPU the row's loss and gradients
+            are NaN, because nobody waits for the device to say so.
         bias (V,): or None.
         ignore_index: rows with this target have loss 0 and are not counted.
         label_smoothing: in [0, 1).
         teacher: (hidden_m (..., D_m), weight_m (V, D_m), bias_m (V,) or None), not differentiated.
         alpha: the teacher's share in [0, 1].
         reduction: "mean" over rows that are not ignored, "sum", or "none".
-        impl: "auto" or "reference".
+        max_rows: upper bound, known on the host, of the number of rows that are not ignored. Work
+            is done for so many rows, and the host never waits for a GPU; without it the host reads
+            from the device how many rows are kept, once a call. More kept rows than this are a
+            RuntimeError on the CPU, a device-side assertion on a GPU. The reference ignores it.
+        impl: "auto", "reference", "cpp" or "triton".
 
     Returns:
         scalar, or target's shape for "none"; fp32 (fp64 for fp64 inputs). Where every row is
@@ -57,31 +139,31 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, target, bias, label_smoothing, reduction)
     _check_teacher(teacher, alpha, target, weight)
-    run = _OP.choose(impl, hidden.device, dtype=hidden.dtype, shape=hidden.shape)
-
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if max_rows is not None and max_rows < 0:
+        raise ValueError(f"max_rows must be >= 0, got {max_rows}")
+    dtypes = {torch.promote_types(hidden.dtype, weight.dtype)}
     flat = target.reshape(-1)
-    kept = (flat != ignore_index).nonzero().squeeze(1)
-    if teacher is not None:
-        hidden_m, weight_m, bias_m = teacher
-        teacher = (
-            hidden_m.detach().reshape(-1, hidden_m.shape[-1])[kept].to(dtype),
-            weight_m.detach().to(dtype),
-            None if bias_m is None else bias_m.detach().to(dtype),
-        )
+    student, teacher_head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias), None
+    if teacher is not None and alpha > 0:
+        hidden_m, weight_m, bias_m = (None if x is None else x.detach() for x in teacher)
+        teacher_head = Head(hidden_m.reshape(-1, hidden_m.shape[-1]), weight_m, bias_m)
+        dtypes.add(torch.promote_types(hidden_m.dtype, weight_m.dtype))
+    run = _OP.choose(impl, hidden.device, dtypes=dtypes)
     with torch.autocast(hidden.device.type, enabled=False):
         loss = run(
-            hidden.reshape(-1, hidden.shape[-1])[kept].to(dtype),
-            weight.to(dtype),
-            flat[kept],
-            None if bias is None else bias.to(dtype),
+            student,
+            teacher_head,
+            flat,
             label_smoothing=label_smoothing,
-            teacher=teacher,
-            alpha=alpha,
+            alpha=0.0 if teacher_head is None else alpha,
+            ignore_index=ignore_index,
+            max_rows=max_rows,
+            uniform=reduction != "none",
         )
     if reduction == "none":
-        return loss.new_zeros(flat.shape[0]).index_copy(0, kept, loss).reshape(target.shape)
-    return loss.sum() / max(1, kept.shape[0]) if reduction == "mean" else loss.sum()
+        return loss.reshape(target.shape)
+    loss = loss.sum()
+    return loss / (flat != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss
 
 
 def _check(

@@ -16,7 +16,7 @@ def linear_cross_entropy(
     teacher: tuple[Tensor, Tensor, Tensor | None] | None,
     alpha: float,
 ) -> Tensor:
-    """Loss (N,) of rows `hidden` (N, D), none of which is ignored, in the inputs' dtype."""
+    """Loss (N,) of rows `hidden` (N, D), none of which is ignored, in fp32 or wider."""
     log_p = _logits(hidden, weight, bias).log_softmax(1)
     loss = -log_p.gather(1, target[:, None]).squeeze(1)
     if label_smoothing > 0:
@@ -29,5 +29,8 @@ def linear_cross_entropy(
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = hidden @ weight.T
+    """The product in the wider dtype of its factors, everything after it in fp32 or wider."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
     return logits if bias is None else logits + bias
