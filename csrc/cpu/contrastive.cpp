@@ -186,37 +186,47 @@ struct Gradient {
   Pairs pairs;
   int64_t M, N;
   float scale, smoothing, alpha;
-  const float *row_lse, *row_weight, *teacher_lse;
-  const float *col_lse, *col_weight;  // nullable
+  const float *row_max, *row_sum, *row_weight;
+  const float *teacher_max, *teacher_sum;          // nullable
+  const float *col_max, *col_sum, *col_weight;  // nullable, all or none
   RowPartials* rows;
+};
+
+// Maxima, reciprocal sums and weights of a strip's columns.
+struct ColumnSoftmax {
+  float max[kStripCols] = {}, factor[kStripCols] = {}, weight[kStripCols] = {};
+  VLPFAST_INLINE void load(const Gradient& p, const Strip& strip) {
+    const size_t width = sizeof(float) * strip.n;
+    std::memcpy(max, p.col_max + strip.begin, width);
+    std::memcpy(weight, p.col_weight + strip.begin, width);
+    for (int j = 0; j < strip.n; ++j) factor[j] = 1.0f / p.col_sum[strip.begin + j];
+  }
 };
 
 VLPFAST_CLONES
 void gradient_strips(const Gradient& p, int64_t begin, int64_t end) {
   float s[kStripCols], t[kStripCols], g[kStripCols];
-  float col_lse[kStripCols] = {}, col_weight[kStripCols] = {};
+  ColumnSoftmax cols;
   Strip strip;
   for (int64_t index = begin; index < end; ++index) {
     set_strip(strip, index, p.N, p.pairs);
-    if (p.col_lse) {
-      std::memcpy(col_lse, p.col_lse + strip.begin, sizeof(float) * strip.n);
-      std::memcpy(col_weight, p.col_weight + strip.begin, sizeof(float) * strip.n);
-    }
+    if (p.col_max) cols.load(p, strip);
     for (int64_t row = 0; row < p.M; ++row) {
       load_strip(p.sims, strip, p.pairs, row, s);
       if (p.teacher.data) load_strip(p.teacher, strip, row, t);
-      const float row_lse = p.row_lse[row], row_weight = p.row_weight[row];
+      const float row_max = p.row_max[row], row_factor = 1.0f / p.row_sum[row];
+      const float teacher_max = p.teacher.data ? p.teacher_max[row] : 0.0f;
+      const float teacher_factor = p.teacher.data ? p.alpha / p.teacher_sum[row] : 0.0f;
+      const float row_weight = p.row_weight[row];
       const RowId id(p.pairs.row_ids ? p.pairs.row_ids[row] : 0);
       F16 dot{};
       for (int j = 0; j < strip.padded; j += kLaneCount) {
-        const F16 value = load16(s + j);
-        F16 grad = exp16(value * p.scale - row_lse) - p.smoothing;
-        if (p.col_lse) grad += exp16(value * p.scale - load16(col_lse + j));
-        if (p.teacher.data) {
-          grad -= exp16(load16(t + j) * p.scale - p.teacher_lse[row]) * p.alpha;
-        }
+        const F16 value = load16(s + j), z = value * p.scale;
+        F16 grad = exp16(z - row_max) * row_factor - p.smoothing;
+        if (p.col_max) grad += exp16(z - load16(cols.max + j)) * load16(cols.factor + j);
+        if (p.teacher.data) grad -= exp16(load16(t + j) * p.scale - teacher_max) * teacher_factor;
         if (p.pairs.row_ids) {
-          grad -= id.equals(strip, j) ? load16(col_weight + j) + row_weight : F16{};
+          grad -= id.equals(strip, j) ? load16(cols.weight + j) + row_weight : F16{};
         }
         store16(g + j, grad);
         dot += grad * value;
@@ -224,7 +234,7 @@ void gradient_strips(const Gradient& p, int64_t begin, int64_t end) {
       float row_dot = sum_lanes(dot);
       const int own = p.pairs.row_ids ? -1 : diagonal_in(strip, p.pairs, row);
       if (own >= 0) {
-        const float weight = row_weight + col_weight[own];
+        const float weight = row_weight + cols.weight[own];
         g[own] -= weight;
         row_dot -= weight * s[own];
       }
@@ -295,10 +305,12 @@ void contrastive_teacher_cpu(const Tensor& sims, const Tensor& teacher_sims, con
 void contrastive_grad_cpu(const Tensor& sims, const std::optional<Tensor>& teacher_sims,
                           const Tensor& scale, const std::optional<Tensor>& row_ids,
                           const std::optional<Tensor>& col_ids, const std::optional<Tensor>& diag,
-                          int64_t diag_offset, const Tensor& row_lse,
-                          const std::optional<Tensor>& col_lse, const Tensor& row_weight,
+                          int64_t diag_offset, const Tensor& row_max, const Tensor& row_sum,
+                          const std::optional<Tensor>& col_max,
+                          const std::optional<Tensor>& col_sum, const Tensor& row_weight,
                           const std::optional<Tensor>& col_weight, double smoothing,
-                          const std::optional<Tensor>& teacher_lse, double alpha,
+                          const std::optional<Tensor>& teacher_max,
+                          const std::optional<Tensor>& teacher_sum, double alpha,
                           const Tensor& row_dot) {
   constexpr const char* op = "contrastive_grad";
   const Sims tile = sims_of(sims, op, "sims");
@@ -312,16 +324,20 @@ void contrastive_grad_cpu(const Tensor& sims, const std::optional<Tensor>& teach
                          scalar_of(scale, op, "scale"),
                          static_cast<float>(smoothing),
                          static_cast<float>(alpha),
-                         vector_of(row_lse, M, op, "row_lse"),
+                         vector_of(row_max, M, op, "row_max"),
+                         vector_of(row_sum, M, op, "row_sum"),
                          vector_of(row_weight, M, op, "row_weight"),
-                         vector_of(teacher_lse, M, op, "teacher_lse"),
-                         vector_of(col_lse, N, op, "col_lse"),
+                         vector_of(teacher_max, M, op, "teacher_max"),
+                         vector_of(teacher_sum, M, op, "teacher_sum"),
+                         vector_of(col_max, N, op, "col_max"),
+                         vector_of(col_sum, N, op, "col_sum"),
                          vector_of(col_weight, N, op, "col_weight"),
                          &rows};
-  STD_TORCH_CHECK(!problem.col_lse == !problem.col_weight, op,
-                  ": col_lse and col_weight must be given together");
-  STD_TORCH_CHECK(!problem.teacher.data == !problem.teacher_lse, op,
-                  ": teacher_sims and teacher_lse must be given together");
+  STD_TORCH_CHECK(!problem.col_max == !problem.col_sum && !problem.col_max == !problem.col_weight,
+                  op, ": col_max, col_sum and col_weight must be given together");
+  STD_TORCH_CHECK(!problem.teacher.data == !problem.teacher_max &&
+                      !problem.teacher.data == !problem.teacher_sum,
+                  op, ": teacher_sims, teacher_max and teacher_sum must be given together");
   float* total = vector_of(row_dot, M, op, "row_dot");
   over_strips(gradient_strips, problem);
   for (int64_t t = 0; t < strips; ++t) {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlpfast.ops._contrastive_dist import OneProcess, Ranks
 from vlpfast.ops._contrastive_passes import Passes
-from vlpfast.ops._contrastive_products import add_product, row_sums
+from vlpfast.ops._contrastive_products import add_product, row_sums, zeros
 from vlpfast.ops._contrastive_tiles import Sweep, Tile
 
 # Similarities of up to this size are kept from the log-sum-exps to the gradient, which saves one of
@@ -101,9 +101,6 @@ class Sums(NamedTuple):
 
     def lse(self) -> Tensor:
         return self.max + self.exp.log()
-
-    def teacher_lse(self) -> Tensor:
-        return self.teacher_max + self.teacher_exp.log()
 
 
 class Direction(NamedTuple):
@@ -193,7 +190,7 @@ class _Run:
             sums=sums,
             weight=self._weights(p.ids, self.B, keys),
             num_candidates=self.G + (0 if keys is None else keys.shape[0]),
-            grad=torch.zeros_like(query, dtype=torch.float32) if trained else None,
+            grad=zeros(query.shape, query) if trained else None,
             dot=vector(),
             bias_dot=vector(),
             best=query.new_full((self.B, k), -torch.inf, dtype=torch.float32),
@@ -239,9 +236,8 @@ class _Run:
                 self._look(direction, rows)
             columns = self.columns
             self.ranks.merge(columns.max, columns.exp, columns.positive, columns.total)
-            column_lse = self.columns.lse()
             for direction in self.directions if any(self.wants) else ():
-                self._differentiate(direction, rows, column_lse)
+                self._differentiate(direction, rows)
             return
         for direction in self.directions:
             # Rows know their sums alone, so a group of rows whose tiles all fit is done at a time.
@@ -249,7 +245,7 @@ class _Run:
                 self._plan_keeping([direction], rows)
                 self._look(direction, rows)
                 if any(self.wants):
-                    self._differentiate(direction, rows, None)
+                    self._differentiate(direction, rows)
 
     def _groups(self, direction: Direction) -> list[slice]:
         size = max(1, self.B)
@@ -302,22 +298,22 @@ class _Run:
             direction.best[tile.rows], direction.drawn[tile.rows], *columns,
         )  # fmt: skip
 
-    def _differentiate(self, direction: Direction, rows: slice, column_lse: Tensor | None) -> None:
+    def _differentiate(self, direction: Direction, rows: slice) -> None:
         """Second look: turns every tile into g, and g into gradients."""
         p = self.problem
-        lse = direction.sums.of(rows).lse()
-        teacher_lse = direction.sums.of(rows).teacher_lse()
         for tile in direction.sweep.tiles(rows, with_grad=True):
-            here = slice(tile.rows.start - rows.start, tile.rows.stop - rows.start)
-            smoothing, of_columns = self._smoothing(direction), (None, None)
-            if column_lse is not None and tile.is_batch:
+            mine, smoothing = direction.sums.of(tile.rows), self._smoothing(direction)
+            column_max = column_exp = column_weight = teacher_max = teacher_exp = None
+            if self.columns is not None and tile.is_batch:
                 smoothing += self._smoothing(self.directions[1])
-                of_columns = column_lse[tile.columns], self.column_weight[tile.columns]
+                column_max, column_exp = self.columns.of(tile.columns)[:2]
+                column_weight = self.column_weight[tile.columns]
+            if tile.teacher_sims is not None:
+                teacher_max, teacher_exp = mine.teacher_max, mine.teacher_exp
             self.passes.grad(
-                tile.sims, tile.teacher_sims, p.scale, *tile.pairs, lse[here], of_columns[0],
-                direction.weight[tile.rows], of_columns[1], smoothing,
-                None if tile.teacher_sims is None else teacher_lse[here], p.alpha,
-                direction.dot[tile.rows],
+                tile.sims, tile.teacher_sims, p.scale, *tile.pairs, mine.max, mine.exp,
+                column_max, column_exp, direction.weight[tile.rows], column_weight, smoothing,
+                teacher_max, teacher_exp, p.alpha, direction.dot[tile.rows],
             )  # fmt: skip
             self._multiply(direction, tile, 1)
 
@@ -357,7 +353,8 @@ class _Run:
         target = direction.weight * sums.positive + self._smoothing(direction) * sums.total
         if direction.sweep.teacher is not None:
             target = target + p.alpha * sums.teacher_dot / sums.teacher_exp
-        return sums.lse() - p.scale * target
+        # Not from the log-sum-exp, whose rounding would be all there is of a small loss.
+        return sums.max - p.scale * target + sums.exp.log()
 
     def _gradients(self, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         p, (image, text) = self.problem, self.directions

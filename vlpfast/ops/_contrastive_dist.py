@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlpfast.ops._collectives import gather_rows, pad_rows, start_gather
+from vlpfast.ops._contrastive_products import zeros
 
 # Gathered features (of all ranks and, if trained, their fp32 gradient) above this go round a ring.
 _GATHER_BYTES = 2 << 30
@@ -81,7 +82,7 @@ class _Local:
     is_repeatable = True
 
     def __init__(self, features: Tensor, trained: bool) -> None:
-        grad = torch.zeros_like(features, dtype=torch.float32) if trained else None
+        grad = zeros(features.shape, features) if trained else None
         self._block = Block(features, 0, grad)
 
     def blocks(self) -> Iterator[Block]:
@@ -133,8 +134,7 @@ class _Gathered:
         self._finish = start_gather(features, ranks.counts, ranks.group)
         self._grad = None
         if trained:
-            shape = (sum(ranks.counts), features.shape[1])
-            self._grad = features.new_zeros(shape, dtype=torch.float32)
+            self._grad = zeros((sum(ranks.counts), features.shape[1]), features)
 
     def _block(self, features: Tensor, first: int) -> Block:
         end = first + features.shape[0]

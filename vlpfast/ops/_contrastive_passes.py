@@ -1,5 +1,5 @@
-"""The passes over one tile of similarities that the chunked contrastive losses are made of: schemas,
-and which back end runs them. Formulas stand at the functions of `Passes`.
+"""The passes over one tile of similarities that the chunked contrastive losses are made of: their
+schemas, formulas (`Passes`), and which back end runs them.
 
 Letters: M rows (queries) and N columns (candidates) of a tile.
 """
@@ -30,9 +30,10 @@ _SCHEMAS = {
         " Tensor(a!) row_max, Tensor(b!) row_sum, Tensor(c!) row_dot) -> ()"
     ),
     "contrastive_grad": (
-        f"(Tensor(a!) sims, Tensor? teacher_sims, Tensor scale, {_PAIRS}, Tensor row_lse,"
-        " Tensor? col_lse, Tensor row_weight, Tensor? col_weight, float smoothing,"
-        " Tensor? teacher_lse, float alpha, Tensor(b!) row_dot) -> ()"
+        f"(Tensor(a!) sims, Tensor? teacher_sims, Tensor scale, {_PAIRS}, Tensor row_max,"
+        " Tensor row_sum, Tensor? col_max, Tensor? col_sum, Tensor row_weight,"
+        " Tensor? col_weight, float smoothing, Tensor? teacher_max, Tensor? teacher_sum,"
+        " float alpha, Tensor(b!) row_dot) -> ()"
     ),
     "contrastive_sigmoid": (
         f"(Tensor(a!) sims, Tensor? teacher_sims, Tensor scale, Tensor bias, {_PAIRS},"
@@ -67,9 +68,10 @@ class Passes(NamedTuple):
             positives, of each row and, if given, of each column.
         teacher: the running log-sum-exp of each row of the teacher's z, and
             row_dot = sum_j exp(z_teacher - row_max) * sims.
-        grad: overwrites sims with g = exp(z - row_lse) [+ exp(z - col_lse)]
+        grad: overwrites sims with g = exp(z - row_max) / row_sum [+ exp(z - col_max) / col_sum]
             - positive * (row_weight [+ col_weight]) - smoothing
-            [- alpha * exp(z_teacher - teacher_lse)]; row_dot += sum_j g * sims.
+            [- alpha * exp(z_teacher - teacher_max) / teacher_sum]; row_dot += sum_j g * sims.
+            (A log-sum-exp rounded to fp32 would cost digits where softmax is close to 1.)
         sigmoid: z also + bias; t = (positive or negative) + alpha * sigmoid(z_teacher). row_loss
             and col_loss += softplus(z) - t z; g = sigmoid(z) - t overwrites sims if `write_grad`;
             row_dot += sum_j g * sims; row_grad += sum_j g.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops._contrastive_dist import Block, Candidates
-from vlpfast.ops._contrastive_products import row_dots
+from vlpfast.ops._contrastive_products import empty, row_dots
 
 # Tiles of up to this size stay in the last-level cache between the product and the pass.
 _TILE_BYTES = 8 << 20
@@ -56,7 +56,7 @@ class Sweep:
         keys (K, D): further candidates, or None.
         ids (B,), batch_ids (G,), key_ids (K,): or None.
         first_row: place of row 0 in the batch of all ranks.
-        keep: tiles are kept until they are asked for a second time.
+        keep: a block's similarities are one tile, kept until it is asked for a second time.
     """
 
     query: Tensor
@@ -68,7 +68,8 @@ class Sweep:
     key_ids: Tensor | None
     first_row: int
     keep: bool = False
-    _kept: dict[tuple[bool, int, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    _kept: dict[tuple[bool, int], list[Tensor]] = field(default_factory=dict)
+    _diag: Tensor | None = None
 
     def row_bytes(self, num_batch: int) -> int:
         """Bytes of one row's similarities, `num_batch` of them in the batch."""
@@ -89,37 +90,31 @@ class Sweep:
 
     def _tiles_of(self, block: Block, rows: slice, is_batch: bool) -> Iterator[Tile]:
         N = block.features.shape[0]
-        if N == 0:
+        if N == 0 or rows.start == rows.stop:
             return
-        most = _TILE_BYTES // (N * self.query.element_size()) // 8 * 8
-        most = min(max(most, _MIN_TILE_ROWS), _MAX_TILE_ROWS)
-        buffers: list[Tensor] = []
+        num_rows = rows.stop - rows.start
+        most = num_rows if self.keep else min(_tile_rows(N, self.query.element_size()), num_rows)
+        place = (is_batch, block.first)
+        is_made = place in self._kept
+        memory = self._kept.pop(place) if is_made else [
+            empty((most, N), self.query) for _ in self._queries()
+        ]  # fmt: skip
+        if self.keep and not is_made:
+            self._kept[place] = memory
         for start in range(rows.start, rows.stop, most):
             chunk = slice(start, min(start + most, rows.stop))
-            sims, teacher_sims = self._similarities(block, chunk, is_batch, buffers)
+            # Tiles of a block that are not kept follow each other in the same memory.
+            sims = [x[: chunk.stop - chunk.start] for x in memory]
+            if not is_made:
+                for query, out in zip(self._queries(), sims, strict=True):
+                    torch.mm(query[chunk], block.features.T, out=out)
             is_own = is_batch and block.first == self.first_row
             pairs = self._pairs(block, chunk, is_batch, is_own)
-            yield Tile(sims, teacher_sims, chunk, block, pairs, is_batch, is_own)
+            teacher_sims = sims[1] if len(sims) > 1 else None
+            yield Tile(sims[0], teacher_sims, chunk, block, pairs, is_batch, is_own)
 
-    def _similarities(
-        self, block: Block, rows: slice, is_batch: bool, buffers: list[Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        place = (is_batch, block.first, rows.start)
-        if place in self._kept:
-            return self._kept.pop(place)
-        queries = [self.query] if self.teacher is None else [self.query, self.teacher]
-        shape = (rows.stop - rows.start, block.features.shape[0])
-        if self.keep or not buffers:
-            # The first chunk is the largest: the others of the block reuse its memory.
-            buffers[:] = [query.new_empty(shape) for query in queries]
-        sims = [
-            torch.mm(query[rows], block.features.T, out=buffer[: shape[0]])
-            for query, buffer in zip(queries, buffers, strict=True)
-        ]
-        result = (sims[0], sims[1] if len(sims) > 1 else None)
-        if self.keep:
-            self._kept[place] = result
-        return result
+    def _queries(self) -> list[Tensor]:
+        return [self.query] if self.teacher is None else [self.query, self.teacher]
 
     def _pairs(
         self, block: Block, rows: slice, is_batch: bool, is_own: bool
@@ -133,5 +128,12 @@ class Sweep:
         diag = None
         if is_own and block.features.dtype != torch.float32:
             # A pair's own similarity weighs most, so it does not share the others' rounding.
-            diag = row_dots(self.query[rows], block.features[rows])
+            if self._diag is None:
+                self._diag = row_dots(self.query, block.features)
+            diag = self._diag[rows]
         return (None if ids is None else self.ids[rows], ids, diag, offset)
+
+
+def _tile_rows(num_columns: int, element_size: int) -> int:
+    most = _TILE_BYTES // (num_columns * element_size) // 8 * 8
+    return min(max(most, _MIN_TILE_ROWS), _MAX_TILE_ROWS)
