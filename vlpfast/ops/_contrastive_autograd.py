@@ -66,7 +66,7 @@ def _hinge_chunked(
     image: Tensor, text: Tensor, ids: Tensor | None, margin: float, hardest: bool, passes: str,
     wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return hinge_chunked(image, text, ids, margin, hardest, passes_of(passes), *wants)
+    return hinge_chunked(image, text, ids, margin, hardest, passes_of(passes), tuple(wants))
 
 
 @torch.library.register_fake("vlpfast::contrastive_hinge_chunked")
