@@ -79,11 +79,18 @@ def contrastive_loss(
     the concatenated batch, and the mean over ranks of its gradient (what DDP takes) is that
     batch's gradient, for towers, scale and bias.
 
+    No B x C matrix is kept, forward or backward, but by "reference": see docs/ops.md. Gradients are
+    made in the forward, for the inputs that need them; so is all communication with the group, and
+    the upstream gradient must be the same on every rank. Features in bf16 (both towers) are
+    multiplied in bf16, similarities rounded as in eager bf16 code but for each pair's own; all
+    else is fp32. Keys and teacher are cast to the features' dtype.
+
     Hard negatives are drawn without replacement from softmax(z_i) over the pairs of this rank
     whose id differs, by Gumbel-max: no host sync, and -1 where none is left.
 
     Args:
-        image (B, D): L2-normalised image embeddings, fp32/bf16/fp16/fp64.
+        image (B, D): L2-normalised image embeddings, fp32/bf16/fp16/fp64 ("cpp": fp32, bf16;
+            "triton": fp32, bf16, fp16). Other lengths are taken as they are.
         text (B, D): L2-normalised text embeddings.
         logit_scale: what similarities are multiplied by: a number or a tensor of one element.
         logit_bias: what is added to them, or None.
@@ -98,11 +105,16 @@ def contrastive_loss(
         alpha: weight of the teacher's targets in [0, 1].
         hard_negatives: k, negatives to draw for each row.
         seed: seed of that draw, needed if k > 0; use another one each step.
-        group: ranks that share candidates; None: this process alone.
+        group: ranks that share candidates, all of which make this call; None: this process alone.
         impl: "auto", "reference", "cpp" or "triton".
 
     Returns:
         ContrastiveOutput. An empty batch has loss 0.
+
+    Raises:
+        ValueError: a shape, option or, with a group, a rank's D does not fit.
+        TypeError: a dtype does not fit.
+        NotImplementedError: the named implementation cannot run here.
 
     Source: Radford et al. 2021 (CLIP), fig. 3, arXiv:2103.00020; Zhai et al. 2023 (SigLIP),
         alg. 1, arXiv:2303.15343; Li et al. 2021 (ALBEF), eq. 1-2 and 6, arXiv:2107.07651, with
@@ -154,9 +166,10 @@ def hinge_loss(
         else (VSE0):      sum_i sum_j h(margin + s_ij - s_ii) + sum_j sum_i h(margin + s_ij - s_jj)
 
     A row without a negative costs 0. Where several negatives tie, one of them has the gradient.
+    No B x B matrix is kept but by "reference"; bf16 as in `contrastive_loss`.
 
     Args:
-        image (B, D): L2-normalised image embeddings, fp32/bf16/fp16/fp64.
+        image (B, D): L2-normalised image embeddings, fp32/bf16/fp16/fp64 ("cpp": fp32, bf16).
         text (B, D): L2-normalised text embeddings.
         margin: in units of cosine similarity.
         hardest: the hardest negative of each row (VSE++) or all of them (VSE0).
