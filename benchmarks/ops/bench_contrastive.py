@@ -143,7 +143,7 @@ def _recompute(run: Run) -> Run:
     def recompute(inputs: Inputs) -> object:
         if inputs["shape"].kind != "softmax":
             raise NotImplementedError("keeps no similarities anyway, or those of a few rows")
-        before, chunked._KEEP_BYTES = chunked._KEEP_BYTES, 0
+        before, chunked._KEEP_BYTES = chunked._KEEP_BYTES, {"cpu": 0, "cuda": 0}
         try:
             return run(inputs)
         finally:

@@ -71,7 +71,7 @@ def make_options(case: dict, B: int, D: int, dtype: torch.dtype, K: int = 5) -> 
 
 
 def set_plan(monkeypatch: pytest.MonkeyPatch, keep: int, rows: int | None = None) -> None:
-    monkeypatch.setattr(_contrastive_chunked, "_KEEP_BYTES", keep)
+    monkeypatch.setattr(_contrastive_chunked, "_KEEP_BYTES", {"cpu": keep, "cuda": keep})
     if rows is not None:
         for name in ("_MIN_TILE_ROWS", "_MAX_TILE_ROWS"):
             monkeypatch.setattr(_contrastive_tiles, name, rows)

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlpfast.ops._collectives import gather_sizes
-from vlpfast.ops._contrastive_chunked import Problem, Result, Wants, chunked
+from vlpfast.ops._contrastive_chunked import chunked
 from vlpfast.ops._contrastive_dist import OneProcess, Ranks
 from vlpfast.ops._contrastive_hinge import hinge_chunked
 from vlpfast.ops._contrastive_passes import passes_of
+from vlpfast.ops._contrastive_state import Problem, Result, Wants
 
 torch.library.define(
     "vlpfast::contrastive_chunked",

@@ -9,121 +9,26 @@ Letters: C candidates of a direction, M rows and N columns of a tile.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from vlpfast.ops._contrastive_dist import OneProcess, Ranks
+from vlpfast.ops._contrastive_dist import Candidates, OneProcess, Ranks
 from vlpfast.ops._contrastive_passes import Passes
 from vlpfast.ops._contrastive_products import add_product, row_sums, zeros
+from vlpfast.ops._contrastive_state import (
+    Direction,
+    Problem,
+    Result,
+    Sums,
+    Wants,
+    count_equal,
+)
 from vlpfast.ops._contrastive_tiles import Sweep, Tile
 
-# Similarities of up to this size are kept from the log-sum-exps to the gradient, which saves one of
-# four matrix products; more are computed again.
-_KEEP_BYTES = 256 << 20
-
-
-class Problem(NamedTuple):
-    """Arguments of `ops.contrastive_loss`, checked; features in one dtype, scalars fp32 and 0-d."""
-
-    image: Tensor
-    text: Tensor
-    scale: Tensor
-    bias: Tensor
-    ids: Tensor | None
-    image_keys: Tensor | None
-    text_keys: Tensor | None
-    key_ids: Tensor | None
-    image_teacher: Tensor | None
-    text_teacher: Tensor | None
-    seed: Tensor | None
-    kind: str
-    label_smoothing: float
-    alpha: float
-    hard_negatives: int
-
-
-class Wants(NamedTuple):
-    """Which gradients are made."""
-
-    image: bool
-    text: bool
-    scalars: bool
-
-
-class Result(NamedTuple):
-    """Loss (), its directions, statistics as in `ContrastiveOutput`, and gradients of the loss:
-    of image and text in their dtype, of scale and bias in fp32; empty where not wanted.
-    """
-
-    loss: Tensor
-    image_to_text: Tensor
-    text_to_image: Tensor
-    image_lse: Tensor
-    text_lse: Tensor
-    hard_text: Tensor
-    hard_image: Tensor
-    image_grad: Tensor
-    text_grad: Tensor
-    scale_grad: Tensor
-    bias_grad: Tensor
-
-
-class Sums(NamedTuple):
-    """Running sums over the candidates of each of n rows (or columns), fp32.
-
-    Attributes:
-        max (n,): of z; exp (n,): of exp(z - max); positive (n,): of positives' similarities; total
-            (n,): of all similarities, for label smoothing.
-        teacher_max (n,), teacher_exp (n,): the teacher's; teacher_dot (n,): of its exp(z - max)
-            times the student's similarity.
-        loss (n,): sigmoid losses.
-    """
-
-    max: Tensor
-    exp: Tensor
-    positive: Tensor
-    total: Tensor
-    teacher_max: Tensor
-    teacher_exp: Tensor
-    teacher_dot: Tensor
-    loss: Tensor
-
-    @classmethod
-    def start(cls, size: int, like: Tensor) -> Sums:
-        sums = like.new_zeros(8, size, dtype=torch.float32)
-        sums[0] = sums[4] = -torch.inf
-        return cls(*sums.unbind(0))
-
-    def of(self, rows: slice) -> Sums:
-        return Sums(*(x[rows] for x in self))
-
-    def lse(self) -> Tensor:
-        return self.max + self.exp.log()
-
-
-class Direction(NamedTuple):
-    """One direction of the loss for this rank's rows.
-
-    Attributes:
-        sweep: the tiles; sums: of its rows.
-        weight (B,): of each positive in the targets.
-        num_candidates: C.
-        grad (B, D): fp32, where sum_j g_ij c_j is added, or None.
-        dot (B,), bias_dot (B,): sums of g times s, and of g.
-        best (B, k), drawn (B, k): scores and rows of its hard negatives.
-    """
-
-    sweep: Sweep
-    sums: Sums
-    weight: Tensor
-    num_candidates: int
-    grad: Tensor | None
-    dot: Tensor
-    bias_dot: Tensor
-    best: Tensor
-    drawn: Tensor
+# Similarities of up to this size, by device, are kept from the log-sum-exps to the gradient, which
+# saves one of four matrix products (results/*/contrastive.csv: cpp against cpp_recompute); more
+# are computed again. The GPU's figure is that of a batch of 32768 in bf16.
+_KEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
 
 def chunked(problem: Problem, passes: Passes, ranks: OneProcess | Ranks, wants: Wants) -> Result:
@@ -145,6 +50,7 @@ class _Run:
     ) -> None:
         self.problem, self.passes, self.ranks, self.wants = problem, passes, ranks, wants
         self.G, self.B = sum(ranks.counts), problem.image.shape[0]
+        self.keep_bytes = _KEEP_BYTES[problem.image.device.type]
         self.batch_ids = None if problem.ids is None else ranks.gather(problem.ids)
         own = slice(ranks.first_row, ranks.first_row + self.B)
         image, text, p = problem.image, problem.text, problem
@@ -170,13 +76,18 @@ class _Run:
         # Texts that are columns have their gradient from `batch`, and from keys only here.
         trained = (wants.image, wants.text and (self.columns is None or p.image_keys is not None))
         self.directions = [
-            self._direction(*side, trained=t) for side, t in zip(sides, trained, strict=True)
+            self._direction(*side, t) for side, t in zip(sides, trained, strict=True)
         ]
 
     def _direction(
-        self, query: Tensor, teacher: Tensor | None, batch, keys: Tensor | None, sums: Sums,
-        *, trained: bool,
-    ) -> Direction:  # fmt: skip
+        self,
+        query: Tensor,
+        teacher: Tensor | None,
+        batch: Candidates | None,
+        keys: Tensor | None,
+        sums: Sums,
+        trained: bool,
+    ) -> Direction:
         p, k = self.problem, self.problem.hard_negatives
         if keys is not None and keys.shape[0] == 0:
             keys = None
@@ -204,7 +115,7 @@ class _Run:
         if ids is None:
             return p.image.new_full((size,), weight, dtype=torch.float32)
         key_ids = None if keys is None else p.key_ids
-        return weight / _count_equal(ids, self.batch_ids, key_ids).float()
+        return weight / count_equal(ids, self.batch_ids, key_ids).float()
 
     def _smoothing(self, direction: Direction) -> float:
         """What smoothing adds to every target."""
@@ -250,7 +161,7 @@ class _Run:
     def _groups(self, direction: Direction) -> list[slice]:
         size = max(1, self.B)
         if direction.sweep.batch.is_repeatable:
-            size = max(64, _KEEP_BYTES // max(1, direction.sweep.row_bytes(self.G)))
+            size = max(64, self.keep_bytes // max(1, direction.sweep.row_bytes(self.G)))
         # Without rows one empty group, so that this rank too takes part in what ranks exchange.
         starts = range(0, max(1, self.B), size)
         return [slice(start, min(start + size, self.B)) for start in starts]
@@ -258,20 +169,17 @@ class _Run:
     def _plan_keeping(self, directions: list[Direction], rows: slice) -> None:
         num_bytes = sum(x.sweep.row_bytes(self.G) for x in directions) * (rows.stop - rows.start)
         for direction in directions:
-            direction.sweep.keep = any(self.wants) and num_bytes <= _KEEP_BYTES
+            direction.sweep.keep = any(self.wants) and num_bytes <= self.keep_bytes
 
     def _look(self, direction: Direction, rows: slice) -> None:
         """First look at every tile: log-sum-exps, positives, the teacher, hard negatives."""
         p, scale = self.problem, self.problem.scale
         for tile in direction.sweep.tiles(rows, with_grad=False):
             mine = direction.sums.of(tile.rows)
-            across = None if self.columns is None or not tile.is_batch else (
-                self.columns.of(tile.columns)
-            )  # fmt: skip
-            of_columns = (None,) * 3 if across is None else (across.max, across.exp,
-                                                             across.positive)  # fmt: skip
+            shared = self.columns is not None and tile.is_batch
+            across = self.columns.of(tile.columns) if shared else None
             self.passes.stats(
-                tile.sims, scale, *tile.pairs, mine.max, mine.exp, mine.positive, *of_columns
+                tile.sims, scale, *tile.pairs, *mine[:3], *(across[:3] if shared else (None,) * 3)
             )
             if tile.teacher_sims is not None:
                 self.passes.teacher(
@@ -281,7 +189,7 @@ class _Run:
             if p.label_smoothing > 0:
                 query, candidates = direction.sweep.query[tile.rows], tile.block.features
                 mine.total.add_(row_sums(query, candidates))
-                if across is not None:
+                if shared:
                     across.total.add_(row_sums(candidates, query))
             self._draw(direction, tile)
 
@@ -373,19 +281,3 @@ class _Run:
         total = lambda a, b: ((a.double().sum() + b.double().sum()) * share).float()
         # Softmax does not feel the bias: its g sum to 0.
         return (*features, total(image.dot, text.dot), total(image.bias_dot, text.bias_dot))
-
-
-def _count_equal(ids: Tensor, batch_ids: Tensor, key_ids: Tensor | None) -> Tensor:
-    """How many of `batch_ids` and `key_ids` equal each of `ids`, all of which are in `batch_ids`.
-    No host sync.
-    """
-    ordered = batch_ids.sort().values
-    first = torch.searchsorted(ordered, ids)
-    counts = torch.searchsorted(ordered, ids, right=True) - first
-    if key_ids is None:
-        return counts
-    place = torch.searchsorted(ordered, key_ids).clamp(max=max(0, ordered.shape[0] - 1))
-    found = torch.zeros_like(ordered)
-    if ordered.shape[0] > 0:
-        found.index_add_(0, place, (ordered[place] == key_ids).to(ordered.dtype))
-    return counts + found[first]

@@ -16,8 +16,8 @@ from torch import Tensor
 from vlpfast.ops._contrastive_dist import Block, Candidates
 from vlpfast.ops._contrastive_products import empty, row_dots
 
-# Tiles of up to this size stay in the last-level cache between the product and the pass.
-_TILE_BYTES = 8 << 20
+# Tiles of up to this size, by device, stay in the last-level cache from the product to the pass.
+_TILE_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 # Fewer rows make the matrix products slow, more are no faster.
 _MIN_TILE_ROWS, _MAX_TILE_ROWS = 256, 1024
 
@@ -93,7 +93,7 @@ class Sweep:
         if N == 0 or rows.start == rows.stop:
             return
         num_rows = rows.stop - rows.start
-        most = num_rows if self.keep else min(_tile_rows(N, self.query.element_size()), num_rows)
+        most = num_rows if self.keep else min(_tile_rows(N, self.query), num_rows)
         place = (is_batch, block.first)
         is_made = place in self._kept
         memory = self._kept.pop(place) if is_made else [
@@ -134,6 +134,6 @@ class Sweep:
         return (None if ids is None else self.ids[rows], ids, diag, offset)
 
 
-def _tile_rows(num_columns: int, element_size: int) -> int:
-    most = _TILE_BYTES // (num_columns * element_size) // 8 * 8
+def _tile_rows(num_columns: int, like: Tensor) -> int:
+    most = _TILE_BYTES[like.device.type] // (num_columns * like.element_size()) // 8 * 8
     return min(max(most, _MIN_TILE_ROWS), _MAX_TILE_ROWS)
