@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.timing import peak_bytes
+from tests._peers import open_clip_losses
 from vlpfast.ops import _contrastive_chunked, _contrastive_passes, _contrastive_tiles
 from vlpfast.ops.contrastive import contrastive_loss
 from vlpfast.ops.reference import contrastive as reference
@@ -346,6 +347,23 @@ def test_peak_memory(monkeypatch, name: str) -> None:
     tiles = 2 * rows * (B + 5) * 4
     vectors = 40 * B * 4
     assert peak_bytes(step, torch.device("cpu")) < tiles + vectors + 6 * B * D * 4 < B * B * 4 / 8
+
+
+@pytest.mark.slow
+def test_peak_memory_against_open_clip() -> None:
+    """Forward and backward of a batch of 16384: a tenth of what open_clip holds (some 4 GiB)."""
+    inputs = [x.requires_grad_() for x in make_inputs(16384, 512, torch.float32)[:3]]
+    losses = {
+        "ours": lambda *x: contrastive_loss(*x, impl="cpp").loss,
+        "open_clip": open_clip_losses().ClipLoss(),
+    }
+    peaks = {
+        name: peak_bytes(
+            lambda loss=loss: torch.autograd.grad(loss(*inputs), inputs), torch.device("cpu")
+        )
+        for name, loss in losses.items()
+    }
+    assert peaks["ours"] <= peaks["open_clip"] / 10
 
 
 def test_repeat_call_is_bit_equal() -> None:
