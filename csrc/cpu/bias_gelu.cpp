@@ -9,41 +9,48 @@
 #include <vector>
 
 #include "vlpfast/checks.h"
-#include "vlpfast/exp.h"
 #include "vlpfast/rows.h"
 
 namespace vlpfast {
 namespace {
 
-struct Gelu {
-  float cdf;      // what y is multiplied by
-  float density;  // its derivative in y
+struct Gate {
+  F16 value;  // what y is multiplied by
+  F16 slope;  // its derivative in y
 };
+
+// exp(x) for x <= 0; 0 where that is no normal number, so that nothing infinite times it is left.
+VLPFAST_INLINE F16 decay16(F16 x) { return x < -87.3f ? F16{} : exp16(x); }
 
 // Phi(y) = erfc(-y / sqrt(2)) / 2 and the normal density. The smaller tail is computed without
 // cancellation: erfc(z) = exp(-z^2) t p(t), t = 1 / (1 + 0.35 z), p minimax of degree 9 on
 // z in [0, 9.4], relative error 7e-9.
-VLPFAST_INLINE Gelu normal(float y) {
+VLPFAST_INLINE Gate normal16(F16 y) {
   constexpr float kRoot = 0.70710678f, kDensity = 0.39894228f;
-  constexpr float kP[] = {0.197489247f,   0.19703991f,   0.188665196f,  0.147846356f,
-                          0.15515998f,    0.0708994716f, -0.00922161899f, 0.168181971f,
+  constexpr float kP[] = {0.197489247f,  0.19703991f,   0.188665196f,     0.147846356f,
+                          0.15515998f,   0.0708994716f, -0.00922161899f,  0.168181971f,
                           -0.153495759f, 0.0374352597f};
-  const float z = (y < 0.0f ? -y : y) * kRoot;
-  const float t = 1.0f / (1.0f + 0.35f * z);
-  float p = kP[9];
+  const F16 z = abs16(y) * kRoot;
+  const F16 t = 1.0f / (z * 0.35f + 1.0f);
+  F16 p = splat(kP[9]);
   for (int i = 8; i >= 0; --i) p = p * t + kP[i];
-  const float e = fast_exp(-z * z);
-  // Far out z is infinite or t is 0; e is 0 there and the tail with it.
-  const float tail = 0.5f * e * (t * p);
-  return {y < 0.0f ? tail : 1.0f - tail, kDensity * e};
+  const F16 e = decay16(-z * z);
+  const F16 tail = e * 0.5f * (t * p);
+  return {y < 0.0f ? tail : 1.0f - tail, e * kDensity};
 }
 
-// quick_gelu: y sigmoid(1.702 y), the activation of CLIP.
-VLPFAST_INLINE Gelu sigmoid(float y) {
+// quick_gelu: y sigmoid(1.702 y), the activation of CLIP. The smaller of the two exponentials.
+VLPFAST_INLINE Gate sigmoid16(F16 y) {
   constexpr float kSlope = 1.702f;
-  const float s = 1.0f / (1.0f + fast_exp(-kSlope * y));
-  return {s, kSlope * s * (1.0f - s)};
+  const F16 e = decay16(abs16(y) * -kSlope);
+  const F16 large = 1.0f / (e + 1.0f), small = e * large;
+  return {y < 0.0f ? small : large, large * small * kSlope};
 }
+
+VLPFAST_INLINE Gate gate16(F16 y, bool quick) { return quick ? sigmoid16(y) : normal16(y); }
+
+// Rows are padded to whole vectors; what stands behind column D is never read back.
+inline int64_t padded(int64_t D) { return (D + kLaneCount - 1) / kLaneCount * kLaneCount; }
 
 struct Problem {
   int64_t D;
@@ -53,55 +60,48 @@ struct Problem {
   bool quick;
 };
 
+VLPFAST_INLINE void load_biased(const Problem& p, int64_t row, float* __restrict__ y) {
+  load_row(p.x, row, p.D, y);
+  const float* __restrict__ bias = p.bias;
+  for (int64_t d = 0; bias != nullptr && d < p.D; ++d) y[d] += bias[d];
+}
+
 VLPFAST_CLONES
 void gelu_rows(const Problem& p, const RowDropout& dropout, int64_t begin, int64_t end) {
   const int64_t D = p.D;
-  std::vector<float> buffer(D);
-  const float* __restrict__ bias = p.bias;
+  std::vector<float> buffer(padded(D));
+  float* y = buffer.data();
   for (int64_t row = begin; row < end; ++row) {
-    float* __restrict__ y = row_or_buffer(p.out, row, D, buffer.data());
-    load_row(p.x, row, D, y);
-    if (bias != nullptr) {
-      for (int64_t d = 0; d < D; ++d) y[d] += bias[d];
-    }
-    if (p.quick) {
-      for (int64_t d = 0; d < D; ++d) y[d] *= sigmoid(y[d]).cdf;
-    } else {
-      for (int64_t d = 0; d < D; ++d) y[d] *= normal(y[d]).cdf;
+    load_biased(p, row, y);
+    for (int64_t d = 0; d < D; d += kLaneCount) {
+      const F16 value = load16(y + d);
+      store16(y + d, value * gate16(value, p.quick).value);
     }
     dropout.apply(row, D, y);
     store_row(p.out, row, D, y);
   }
 }
 
-// y * density is 0 where y is infinite, as the density is.
-VLPFAST_INLINE float slope(const Gelu& g, float y) {
-  return g.cdf + (g.density == 0.0f ? 0.0f : y * g.density);
-}
-
 VLPFAST_CLONES
 void gelu_rows_backward(const Problem& p, const RowDropout& dropout, const RowBlocks& blocks,
                         int64_t first, int64_t last) {
   const int64_t D = p.D;
-  std::vector<float> buffer(2 * D);
-  float* __restrict__ y = buffer.data();
-  float* grad_buffer = y + D;
-  const float* __restrict__ bias = p.bias;
+  std::vector<float> buffer(2 * padded(D));
+  float* y = buffer.data();
+  float* grad = y + padded(D);
   for (int64_t block = first; block < last; ++block) {
     float* __restrict__ grad_bias = p.partial + block * D;
     std::fill_n(grad_bias, D, 0.0f);
     for (int64_t row = blocks.begin(block); row < blocks.end(block); ++row) {
-      float* __restrict__ grad = row_or_buffer(p.out, row, D, grad_buffer);
-      load_row(p.x, row, D, y);
+      load_biased(p, row, y);
       load_row(p.grad_output, row, D, grad);
       dropout.apply(row, D, grad);
-      if (bias != nullptr) {
-        for (int64_t d = 0; d < D; ++d) y[d] += bias[d];
-      }
-      if (p.quick) {
-        for (int64_t d = 0; d < D; ++d) grad[d] *= slope(sigmoid(y[d]), y[d]);
-      } else {
-        for (int64_t d = 0; d < D; ++d) grad[d] *= slope(normal(y[d]), y[d]);
+      for (int64_t d = 0; d < D; d += kLaneCount) {
+        const F16 value = load16(y + d);
+        const Gate gate = gate16(value, p.quick);
+        // The slope is 0 far out, where the value may be infinite.
+        const F16 along = gate.slope == 0.0f ? F16{} : value * gate.slope;
+        store16(grad + d, load16(grad + d) * (gate.value + along));
       }
       for (int64_t d = 0; d < D; ++d) grad_bias[d] += grad[d];
       store_row(p.out, row, D, grad);

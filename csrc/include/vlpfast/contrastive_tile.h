@@ -13,7 +13,7 @@
 #include <optional>
 
 #include "vlpfast/checks.h"
-#include "vlpfast/lanes.h"
+#include "vlpfast/lanes_bf16.h"
 
 namespace vlpfast {
 
@@ -105,23 +105,6 @@ struct RowId {
   }
 };
 
-VLPFAST_INLINE F16 widen16(const uint16_t* p) {
-  typedef uint16_t H16 __attribute__((vector_size(32)));
-  H16 half;
-  std::memcpy(&half, p, sizeof half);
-  return bits_as<F16>(__builtin_convertvector(half, U16) << 16);
-}
-
-// Rounds to nearest even; a NaN stays one.
-VLPFAST_INLINE void narrow16(uint16_t* p, F16 x) {
-  typedef uint16_t H16 __attribute__((vector_size(32)));
-  const U16 bits = bits_as<U16>(x);
-  const U16 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const I16 is_nan = x != x;
-  const H16 half = __builtin_convertvector(is_nan ? (bits >> 16) | 0x40u : rounded, H16);
-  std::memcpy(p, &half, sizeof half);
-}
-
 // The strip of a row in fp32; 0 where there is no column.
 VLPFAST_INLINE void load_strip(const Sims& sims, const Strip& strip, int64_t row, float* out) {
   const int whole = strip.n / kLaneCount * kLaneCount;
@@ -129,10 +112,10 @@ VLPFAST_INLINE void load_strip(const Sims& sims, const Strip& strip, int64_t row
   float tail[kLaneCount] = {};
   if (sims.is_bf16) {
     const auto* in = static_cast<const uint16_t*>(sims.data) + at;
-    for (int j = 0; j < whole; j += kLaneCount) store16(out + j, widen16(in + j));
+    for (int j = 0; j < whole; j += kLaneCount) store16(out + j, load16(in + j));
     uint16_t bits[kLaneCount] = {};
     if (whole < strip.n) std::memcpy(bits, in + whole, sizeof(uint16_t) * (strip.n - whole));
-    store16(tail, widen16(bits));
+    store16(tail, load16(bits));
   } else {
     const auto* in = static_cast<const float*>(sims.data) + at;
     std::memcpy(out, in, sizeof(float) * whole);
@@ -159,10 +142,10 @@ VLPFAST_INLINE void store_strip(const Sims& sims, const Strip& strip, int64_t ro
   }
   const int whole = strip.n / kLaneCount * kLaneCount;
   auto* out = static_cast<uint16_t*>(sims.data) + at;
-  for (int j = 0; j < whole; j += kLaneCount) narrow16(out + j, load16(values + j));
+  for (int j = 0; j < whole; j += kLaneCount) store16(out + j, load16(values + j));
   if (whole == strip.n) return;
   uint16_t bits[kLaneCount];
-  narrow16(bits, load16(values + whole));
+  store16(bits, load16(values + whole));
   std::memcpy(out + whole, bits, sizeof(uint16_t) * (strip.n - whole));
 }
 

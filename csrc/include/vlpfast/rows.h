@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "vlpfast/counter.h"
-#include "vlpfast/simd.h"
+#include "vlpfast/lanes.h"
 
 namespace vlpfast {
 
@@ -64,7 +64,11 @@ VLPFAST_INLINE float* row_or_buffer(const Rows& rows, int64_t row, int64_t D, fl
 // Rounds `values` to the row's dtype in place, and writes them unless they are the row.
 VLPFAST_INLINE void store_row(const Rows& rows, int64_t row, int64_t D,
                               float* __restrict__ values) {
-  if (!rows.is_bf16) return;
+  if (!rows.is_bf16) {
+    float* out = static_cast<float*>(rows.data) + row * D;
+    if (out != values) std::memcpy(out, values, sizeof(float) * D);
+    return;
+  }
   auto* __restrict__ out = static_cast<uint16_t*>(rows.data) + row * D;
   for (int64_t d = 0; d < D; ++d) {
     out[d] = narrow(values[d]);
@@ -72,37 +76,28 @@ VLPFAST_INLINE void store_row(const Rows& rows, int64_t row, int64_t D,
   }
 }
 
-// Sums of 16 interleaved partial sums, so in a fixed order whatever the vector width.
-using Lanes = float __attribute__((vector_size(64), aligned(4)));
-constexpr int kLanes = 16;
-
 VLPFAST_INLINE float dot(const float* a, const float* b, int64_t D) {
-  Lanes sums = {}, odd = {};
+  F16 even{}, odd{};
   int64_t d = 0;
-  for (; d + 2 * kLanes <= D; d += 2 * kLanes) {
-    sums += *reinterpret_cast<const Lanes*>(a + d) * *reinterpret_cast<const Lanes*>(b + d);
-    odd += *reinterpret_cast<const Lanes*>(a + d + kLanes) *
-           *reinterpret_cast<const Lanes*>(b + d + kLanes);
+  for (; d + 2 * kLaneCount <= D; d += 2 * kLaneCount) {
+    even += load16(a + d) * load16(b + d);
+    odd += load16(a + d + kLaneCount) * load16(b + d + kLaneCount);
   }
-  sums += odd;
-  for (; d < D; ++d) sums[d % kLanes] += a[d] * b[d];
-  float total = 0.0f;
-  for (int l = 0; l < kLanes; ++l) total += sums[l];
-  return total;
+  even += odd;
+  for (; d < D; ++d) even[d % kLaneCount] += a[d] * b[d];
+  return sum_lanes(even);
 }
 
 VLPFAST_INLINE float sum(const float* a, int64_t D) {
-  Lanes sums = {}, odd = {};
+  F16 even{}, odd{};
   int64_t d = 0;
-  for (; d + 2 * kLanes <= D; d += 2 * kLanes) {
-    sums += *reinterpret_cast<const Lanes*>(a + d);
-    odd += *reinterpret_cast<const Lanes*>(a + d + kLanes);
+  for (; d + 2 * kLaneCount <= D; d += 2 * kLaneCount) {
+    even += load16(a + d);
+    odd += load16(a + d + kLaneCount);
   }
-  sums += odd;
-  for (; d < D; ++d) sums[d % kLanes] += a[d];
-  float total = 0.0f;
-  for (int l = 0; l < kLanes; ++l) total += sums[l];
-  return total;
+  even += odd;
+  for (; d < D; ++d) even[d % kLaneCount] += a[d];
+  return sum_lanes(even);
 }
 
 // Dropout whose mask is a function of (seed, row, column): ops/reference/residual_norm.py.
