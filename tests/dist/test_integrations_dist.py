@@ -159,12 +159,13 @@ def test_open_clips_defaults_scale_the_towers(even, name: str) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("name", CLASSES)
 def test_open_clips_local_loss_without_grad_points_elsewhere(even, name: str) -> None:
-    """local_loss=True, gather_with_grad=False: no multiple of the batch's gradient."""
+    """local_loss=True, gather_with_grad=False: no multiple of the batch's; its scale's is right."""
     for rank in even:
         ours, peer = (rank[who, name, "10"]["grads"] for who in ("ours", "peer"))
         for tower in ("image", "text"):
             cosine = F.cosine_similarity(ours[tower].flatten(), peer[tower].flatten(), dim=0)
             assert cosine < 0.999
+        torch.testing.assert_close(ours["scale"], peer["scale"], **FP32)
 
 
 @pytest.mark.dist

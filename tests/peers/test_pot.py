@@ -109,10 +109,10 @@ def test_gradient_of_the_value() -> None:
     M, a, b = costs(10, 7), histograms(1, 10, 1)[0], histograms(1, 7, 2)[0]
 
     def ours(M: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return ops.sinkhorn(M[None], a[None], b[None], eps=1.0, iters=1000, tol=1e-14).value
+        return ops.sinkhorn(M[None], a[None], b[None], eps=1.0, iters=200, tol=1e-14).value
 
     def theirs(M: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return ot.solve(M, a, b, reg=1.0, grad="autodiff", tol=1e-14, max_iter=1000).value
+        return ot.solve(M, a, b, reg=1.0, grad="autodiff", tol=1e-14, max_iter=200).value
 
     (value,), grads = with_gradients(ours, (M, a, b))
     (truth,), true_grads = with_gradients(theirs, (M, a, b))
