@@ -213,4 +213,16 @@ def test_bad_input() -> None:
         ITCLoss(D + 1, K).double()(*features, 0.07)
     with pytest.raises(ValueError, match="hard_negatives needs a seed"):
         ITCLoss(D, K, hard_negatives=1).double()(*features, 0.07)
+    with pytest.raises(ValueError, match="temp must be > 0"):
+        ITCLoss(D, K).double()(*features, 0.0)
     assert not hasattr(ITCLoss(D, K), "idx_queue")
+
+
+def test_caller_may_reuse_its_memory() -> None:
+    """What is pushed later is what was passed."""
+    module = ITCLoss(D, K).double()
+    features, _ = batch(0)
+    expected = features[2].T.clone()
+    module(*features, 0.07)
+    features[2].zero_()
+    assert torch.equal(module.image_queue[:, :3], expected)

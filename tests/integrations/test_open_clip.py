@@ -162,6 +162,21 @@ def test_compiles(name: str) -> None:
     assert_compiles(getattr(ours, name)(**CLASSES[name]), *inputs)
 
 
+@pytest.mark.parametrize("width", [16, 24, 40])
+def test_distillation_keeps_no_matrix(width: int) -> None:
+    """Whatever the teacher's width, nothing of B x B is saved for the backward by its part."""
+    B, saved = 512, []
+    image, text, scale, *_ = (x.requires_grad_() for x in inputs_of("ClipLoss", B, torch.float32))
+    teacher = (unit(B, width, seed=s, dtype=torch.float32) for s in (4, 5))
+    module, loss = ours.DistillClipLoss(), None
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: saved.append(x.numel()) or x, lambda x: x
+    ):
+        loss = module._excess(image, text, scale, *teacher, torch.tensor(20.0), None)
+    loss.backward()
+    assert max(saved) <= B * 40
+
+
 def test_bad_input() -> None:
     image, text, scale = inputs_of("ClipLoss", 4, torch.float32)
     for name, options in CLASSES.items():

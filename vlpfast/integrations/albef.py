@@ -113,6 +113,8 @@ class ITCLoss(nn.Module):
                 f"with_idx={self.with_idx} {'needs' if self.with_idx else 'takes no'} idx, got "
                 f"{'None' if idx is None else 'a tensor'}"
             )
+        if not isinstance(temp, Tensor) and not temp > 0:
+            raise ValueError(f"temp must be > 0, got {temp}")
         self._enqueue()
         ids = None if idx is None else idx.reshape(-1)
         image_keys, text_keys, key_ids = self.queue.entries()
@@ -173,7 +175,8 @@ class ITCLoss(nn.Module):
         """
         group = self._ranks()
         if group is None:
-            return tuple(row.detach() for row in rows)
+            # Copies: the caller may reuse its memory before they are pushed.
+            return tuple(row.detach().clone() for row in rows)
         counts = gather_counts(rows[0].shape[0], group, rows[0].device)
         return tuple(gather_rows(row, counts, group) for row in rows)
 

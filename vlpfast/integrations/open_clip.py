@@ -196,12 +196,12 @@ class DistillClipLoss(ClipLoss):
             dist_logit_scale: the teacher's, one element.
             output_dict: return {"contrastive_loss": ..., "distill_loss": ...}.
         """
-        for name, x in (("image", dist_image_features), ("text", dist_text_features)):
-            if x.dim() != 2 or x.shape[0] != image_features.shape[0]:
-                raise ValueError(
-                    f"dist_{name}_features must be (B={image_features.shape[0]}, D_m), "
-                    f"got {tuple(x.shape)}"
-                )
+        shapes = tuple(dist_image_features.shape), tuple(dist_text_features.shape)
+        if len(shapes[0]) != 2 or shapes[0][0] != len(image_features) or shapes[0] != shapes[1]:
+            raise ValueError(
+                "dist_image_features and dist_text_features must be "
+                f"(B={len(image_features)}, D_m), got {shapes[0]} and {shapes[1]}"
+            )
         group = _checked_group(self.rank, self.world_size)
         loss = ops.contrastive_loss(image_features, text_features, logit_scale, group=group).loss
         excess = self._excess(
@@ -300,8 +300,10 @@ class SigLipLoss(nn.Module):
 
 def _expected(query: Tensor, keys: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """softmax(scale * query @ keys.T) @ values, (B, D), by torch's attention kernels."""
-    q, k, v = ((x[None, None]) for x in (scale * query, keys, values))
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[0, 0]
+    # One width for all three, as the kernels without a matrix of scores ask for; zeros add nothing.
+    width = max(query.shape[1], values.shape[1])
+    q, k, v = (F.pad(x, (0, width - x.shape[1]))[None, None] for x in (scale * query, keys, values))
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[0, 0, :, : values.shape[1]]
 
 
 def _with_value(loss: Tensor, value: Tensor) -> Tensor:
