@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
-from vlpfast.testing import with_gradients
+from vlpfast.testing import assert_within_budget, with_gradients
 
 samples = importlib.import_module("torch.testing._internal.common_methods_invocations")
 modules = importlib.import_module("torch.testing._internal.common_modules")
@@ -99,31 +99,34 @@ def run(cases: Iterator[tuple[Tensor, Tensor, Tensor, dict]]) -> Counter:
 
 
 def compare(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, options) -> None:
-    """Loss and gradients against torch's reference in fp64 on the same numbers."""
+    """Loss and gradients against torch's reference in fp64 on the same numbers.
+
+    In half precision they may be as far from it as twice what torch's reference in that dtype is.
+    """
     leaves = [input, weight] if bias is None else [input, weight, bias]
+
+    def theirs(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return reference(x, w, target, linear_bias=b, **options)
+
     ours, grads = with_gradients(
         lambda x, w, b=None: linear_cross_entropy(x, w, target, b, **options), leaves
     )
-    truth, true_grads = with_gradients(
-        lambda x, w, b=None: reference(x, w, target, linear_bias=b, **options),
-        [x.double() for x in leaves],
-    )
-    narrow = input.dtype in (torch.bfloat16, torch.float16)
-    loss_tolerance = {"rtol": 1e-5, "atol": 1e-5}
-    # A gradient is rounded to the dtype of what it belongs to.
-    eps = torch.finfo(input.dtype).eps
-    grad_tolerance = {"rtol": eps, "atol": eps} if narrow else loss_tolerance
+    truth, true_grads = with_gradients(theirs, [x.double() for x in leaves])
+    assert ours[0].dtype == (torch.float64 if input.dtype == torch.float64 else torch.float32)
     if truth[0].isnan().any():
         # All rows ignored: torch's mean is NaN, ours 0.
         assert options["reduction"] == "mean"
         assert ours[0] == 0
         assert all((grad == 0).all() for grad in grads)
         return
-    assert ours[0].dtype == (torch.float64 if input.dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(ours[0].double(), truth[0], **loss_tolerance)
-    for grad, true_grad, leaf in zip(grads, true_grads, leaves, strict=True):
-        assert grad.dtype == leaf.dtype
-        torch.testing.assert_close(grad.double(), true_grad, **grad_tolerance)
+    if input.dtype in (torch.float32, torch.float64):
+        found = [x.double() for x in (*ours, *grads)]
+        torch.testing.assert_close(found, [*truth, *true_grads], rtol=1e-5, atol=1e-5)
+        return
+    eager, eager_grads = with_gradients(theirs, leaves)
+    found = (ours[0].to(eager[0].dtype), *grads)
+    for one, exact, plain in zip(found, (*truth, *true_grads), (*eager, *eager_grads), strict=True):
+        assert_within_budget(one, exact, plain)
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
