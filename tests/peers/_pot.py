@@ -10,6 +10,7 @@ Letters: M = sources, N = targets of one problem, as in vlpfast/ops/transport.py
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 
 import numpy as np
@@ -28,15 +29,13 @@ _SINKHORN, _SINKHORN2, _SOLVE = ot.sinkhorn, ot.sinkhorn2, ot.solve
 _UNBALANCED = ot.unbalanced.sinkhorn_unbalanced
 _UNBALANCED2 = ot.unbalanced.sinkhorn_unbalanced2
 _OURS = ("sinkhorn", "sinkhorn_log", "sinkhorn_stabilized", "log_sinkhorn")
-# The op's keyword for a start, if it has one.
-WARM_START = next(
-    (
-        name
-        for name in inspect.signature(ops.sinkhorn).parameters
-        if "init" in name or "warm" in name
-    ),
-    None,
-)
+# The op runs in this; POT's tests are fp64, which only the reference takes.
+DTYPE = getattr(torch, os.environ.get("VLPFAST_POT_DTYPE", "float64"))
+# What ops.sinkhorn may have: a potential to start from, and a plan that is differentiated.
+HAS_START = "f" in inspect.signature(ops.sinkhorn).parameters
+HAS_PLAN_GRADIENT = ops.sinkhorn(
+    torch.zeros(1, 1, 1, requires_grad=True), eps=1.0, iters=1, return_plan=True
+).plan.requires_grad
 # How often the op was called, so that a run can show that it was.
 calls = 0
 
@@ -59,15 +58,17 @@ def _solve(
     """One call of the op; POT's `tol` bounds marginals, so the potentials get a closer one."""
     global calls
     calls += 1
-    options = {}
+    dtype, options = cost.dtype, {}
+    cost, a, b = cost.to(DTYPE), a.to(DTYPE), b.to(DTYPE)
     if start is not None:
-        if WARM_START is None:
+        if not HAS_START:
             raise NotOurs("ops.sinkhorn has no warm start")
-        options[WARM_START] = start
-    return ops.sinkhorn(
+        options["f"] = start.to(DTYPE).expand_as(a)
+    out = ops.sinkhorn(
         cost, a, b, eps=reg, iters=max_iter, tol=1e-3 * min(tol, 1e-6) * reg or None,
         tau_a=taus[0], tau_b=taus[1], return_plan=True, **options,
     )  # fmt: skip
+    return TransportOutput(*(x.to(dtype) for x in out[:-1]), out.num_iters)
 
 
 def _tensor(x: object, *, like: Tensor | None = None) -> Tensor:
@@ -119,8 +120,10 @@ def solve_batch(
         plan, linear, value, potentials = out.plan, out.distance, out.value, (out.f, out.g)
         if reg_type == "entropy":
             value = value + reg * (torch.xlogy(a, a).sum(1) + torch.xlogy(b, b).sum(1))
-    if grad in ("autodiff", "last_step") and not plan.requires_grad:
+    if grad in ("autodiff", "last_step") and cost.requires_grad and not plan.requires_grad:
         raise NotOurs("the plan carries no gradient; `value` has the exact one (envelope theorem)")
+    if grad == "envelope":
+        plan = plan.detach()
     fields = {"value": value, "value_linear": linear, "plan": plan}
     fields = {key: None if x is None else _like(x, M) for key, x in fields.items()}
     return OTResult(**fields, potentials=potentials, backend=ot.backend.get_backend(M))

@@ -85,7 +85,7 @@ def test_several_right_hand_sides() -> None:
     np.testing.assert_allclose(losses, expected, rtol=1e-8)
 
 
-@pytest.mark.skipif(_pot.WARM_START is None, reason="ops.sinkhorn has no warm start")
+@pytest.mark.skipif(not _pot.HAS_START, reason="ops.sinkhorn has no warm start")
 def test_warm_start() -> None:
     """The same plan from the exact problem's dual as from zero; from the answer, at once."""
     M = torch.from_numpy(ot.dist(np.arange(10.0)[:, None], np.arange(20.0)[:, None]))
@@ -93,9 +93,7 @@ def test_warm_start() -> None:
     cold = ops.sinkhorn(M[None], eps=1.0, iters=5000, tol=1e-10, return_plan=True)
     duals = torch.from_numpy(log["u"])[None]
     warm, again = (
-        ops.sinkhorn(
-            M[None], eps=1.0, iters=5000, tol=1e-10, return_plan=True, **{_pot.WARM_START: start}
-        )
+        ops.sinkhorn(M[None], eps=1.0, iters=5000, tol=1e-10, return_plan=True, f=start)
         for start in (duals, cold.f)
     )
     torch.testing.assert_close(warm.plan, cold.plan, rtol=0, atol=1e-8)
@@ -124,7 +122,7 @@ def test_gradient_of_the_value() -> None:
 
 
 def test_gradient_modes() -> None:
-    """'detach' and 'envelope' as POT means them; a mode that differentiates the plan says no."""
+    """'detach' and 'envelope' as POT means them."""
     M = costs(2, 4, 5).requires_grad_()
     detached = _pot.solve_batch(M, 0.1, grad="detach")
     assert not detached.value.requires_grad
@@ -132,10 +130,29 @@ def test_gradient_modes() -> None:
     envelope = _pot.solve_batch(M, 0.1, grad="envelope", max_iter=5000, tol=1e-9, reg_type="kl")
     (grad,) = torch.autograd.grad(envelope.value.sum(), M)
     torch.testing.assert_close(grad, envelope.plan, rtol=1e-6, atol=1e-12)
-    for mode in ("autodiff", "last_step"):
-        if not envelope.plan.requires_grad:
-            with pytest.raises(_pot.NotOurs, match="the plan carries no gradient"):
-                _pot.solve_batch(M, 0.1, grad=mode)
+
+
+@pytest.mark.parametrize("mode", ["autodiff", "last_step"])
+def test_gradient_of_the_plan(mode: str) -> None:
+    """POT differentiates all iterations; where they have converged, so is the implicit gradient.
+    An op without one says so."""
+    M, weights = costs(1, 4, 5), costs(1, 4, 5, seed=1)
+
+    def ours(M: Tensor) -> Tensor:
+        plan = _pot.solve_batch(M, 0.5, grad=mode, max_iter=2000, tol=1e-9).plan
+        return (plan * weights).sum()
+
+    def theirs(M: Tensor) -> Tensor:
+        plan = ot.solve(M[0], reg=0.5, grad="autodiff", max_iter=200, tol=1e-15).plan
+        return (plan * weights[0]).sum()
+
+    if not _pot.HAS_PLAN_GRADIENT:
+        with pytest.raises(_pot.NotOurs, match="the plan carries no gradient"):
+            with_gradients(ours, (M,))
+        return
+    torch.testing.assert_close(
+        with_gradients(ours, (M,))[1], with_gradients(theirs, (M,))[1], rtol=1e-6, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("reg_m", [(1.0, 1.0), (0.3, np.inf), (np.inf, np.inf)], ids=str)
