@@ -1,5 +1,5 @@
-// Cross-entropy of rows of logits on the CPU: loss, and the gradient in the logits' place. A row goes
-// through fp32 scratch that stays in cache, so logits are read once and written once.
+// Cross-entropy of rows of logits on the CPU: loss, and the gradient in the logits' place. A row
+// goes through fp32 scratch that stays in cache, so logits are read once and written once.
 // Letters: N rows, V vocabulary.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -124,8 +124,8 @@ struct Normaliser {
   float top, log_sum, top_m, log_sum_m;
 };
 
-// exp(x), 0 where that is no normal number: a word that is ruled out gets no gradient at all, and the
-// products that follow meet no denormals.
+// exp(x), 0 where that is no normal number: a word that is ruled out gets no gradient at all, and
+// the products that follow meet no denormals.
 VLPFAST_INLINE F16 probability16(F16 x) { return x < -87.3f ? F16{} : exp16(x); }
 
 template <bool kTeacher>

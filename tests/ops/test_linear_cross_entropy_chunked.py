@@ -147,9 +147,6 @@ def test_mixed_dtypes_are_computed_in_the_wider(impl, device, dtypes) -> None:
     assert_same(grads, tuple(x.to(g.dtype) for x, g in zip(wide[1], grads, strict=True)))
 
 
-# --- The driver: what is kept, what is left out, how much memory. ---
-
-
 def small_chunks(monkeypatch: pytest.MonkeyPatch, V: int, dtype: torch.dtype = FP32) -> None:
     """Two rows at a time."""
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 2 * V * dtype.itemsize)
