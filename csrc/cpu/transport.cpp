@@ -61,7 +61,7 @@ const bool* mask_of(const std::optional<Tensor>& mask) {
 
 Side side_of(const Tensor& features, const std::optional<Tensor>& mask, const char* op,
              const char* name) {
-  STD_TORCH_CHECK(features.dim() == 3 && features.stride(2) == 1, op, ": ", name,
+  STD_TORCH_CHECK(features.dim() == 3 && (features.stride(2) == 1 || features.size(2) == 1), op, ": ", name,
                   " must be 3-d and contiguous in its last dimension");
   return {features.const_data_ptr(), features.stride(0), features.stride(1), features.size(1),
           mask_of(mask)};

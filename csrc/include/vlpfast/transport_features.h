@@ -83,7 +83,10 @@ VLPFAST_INLINE void cosines(const Rows& x, const Rows& y, int64_t m, int64_t n,
       }
     }
   }
-  for (int64_t i = 0; i < m; ++i) std::fill(similarity + i * ld + n, similarity + (i + 1) * ld, 0.0f);
+  for (int64_t i = 0; i < m; ++i) {
+    float* row = similarity + i * ld;
+    std::fill(row + n, row + ld, row[0]);  // no extreme of the problem
+  }
 }
 
 // Tile of plan times rows: kTileRows rows and V vectors of features. 24 accumulators of 32 for

@@ -13,8 +13,8 @@ struct Products {
   explicit Products(int64_t max_size) : mantissa(max_size), exponent(max_size) {}
 
   VLPFAST_INLINE void begin(int64_t size) {
-    std::fill(mantissa + 0, mantissa + size, 1.0f);
-    std::fill(exponent + 0, exponent + size, 0);
+    std::fill(mantissa + 0, mantissa + padded(size), 1.0f);
+    std::fill(exponent + 0, exponent + padded(size), 0);
   }
   VLPFAST_INLINE void multiply(const float* factors, int64_t size) {
     for (int64_t i = 0; i < size; ++i) {
@@ -24,8 +24,14 @@ struct Products {
       mantissa[i] = std::bit_cast<float>(bits - (e << 23));
     }
   }
-  VLPFAST_INLINE double log(int64_t i) const {
-    return std::log(mantissa[i]) + 0.69314718055994531 * exponent[i];
+  VLPFAST_INLINE void logarithms(int64_t size, double* to) const {
+    for (int64_t i = 0; i < size; i += kLanes) {
+      float logs[kLanes];
+      store(logs, log(load(mantissa + i)));
+      for (int64_t k = 0; k < kLanes && i + k < size; ++k) {
+        to[i + k] = 0.69314718055994531 * exponent[i + k] + logs[k];
+      }
+    }
   }
 
   Buffer<float> mantissa;
@@ -126,7 +132,7 @@ VLPFAST_INLINE bool settled(const Scaling& s, const float* before, float ratio) 
 
 // kernel = exp((matrix - origin) / unit) and state = factor * kernel, 0 on padding. Exponents to more
 // than fp32, since IPOT raises the kernel to the power of its steps.
-VLPFAST_INLINE void exponentiate(const Scaling& s, const float* matrix, float origin, double unit,
+VLPFAST_INLINE void exponentiate(const Scaling& s, const float* matrix, double origin, double unit,
                                  float factor) {
   const double inverse = 1 / unit;
   for (int64_t i = 0; i < s.m; ++i) {
@@ -139,7 +145,8 @@ VLPFAST_INLINE void exponentiate(const Scaling& s, const float* matrix, float or
       store(low + j, to_floats(exact - __builtin_convertvector(rounded, DoubleVec)));
     }
     for (int64_t j = 0; j < s.ld; j += kLanes) {
-      const Vec value = (1.0f - load(s.outside + j)) * exp(load(high + j), load(low + j));
+      Vec value = exp(load(high + j), load(low + j));
+      value = load(s.outside + j) > 0.0f ? Vec{} : value;
       store(high + j, value);
       store(low + j, factor * value);
     }

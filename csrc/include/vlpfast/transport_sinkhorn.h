@@ -14,24 +14,6 @@ struct Marginals {
   const float *a, *b, *f_init;
 };
 
-struct Range {
-  double low = INFINITY, high = -INFINITY;
-  VLPFAST_INLINE void take(double x) { low = std::min(low, x), high = std::max(high, x); }
-  VLPFAST_INLINE double width() const { return high - low; }
-};
-
-VLPFAST_INLINE Range similarities(const Workspace& w) {
-  Vec low = load(w.similarity), high = low;
-  for (int64_t k = 0; k < w.rows.size() * padded(w.columns.size()); k += kLanes) {
-    const Vec v = load(w.similarity + k);
-    low = v < low ? v : low;
-    high = v > high ? v : high;
-  }
-  Range range;
-  for (int l = 0; l < kLanes; ++l) range.take(low[l]), range.take(high[l]);
-  return range;
-}
-
 VLPFAST_INLINE Range starts(const Workspace& w, const Marginals& given) {
   Range range;
   for (int32_t i : w.rows.index) range.take(given.start(i));
@@ -45,8 +27,8 @@ VLPFAST_INLINE bool fits_scaling(const Workspace& w, const Marginals& given,
   Range weights;
   for (int32_t i : w.rows.index) weights.take(given.a[i]);
   for (int32_t j : w.columns.index) weights.take(given.b[j]);
-  return o.damp_a == 1 && o.damp_b == 1 && similarity.width() <= kScalingExponent * o.eps &&
-         start.width() <= kScalingExponent * o.eps &&
+  return o.damp_a == 1 && o.damp_b == 1 && similarity.width() <= kSinkhornScaling * o.eps &&
+         start.width() <= kSinkhornScaling * o.eps &&
          weights.high <= kScalingWeights * weights.low;
 }
 

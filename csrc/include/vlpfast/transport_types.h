@@ -21,10 +21,12 @@ using torch::headeronly::Half;
 
 // A cosine's vectors are divided by at least this (torch.nn.functional.normalize in UNITER).
 constexpr float kMinNorm = 1e-5f;
-// Below it fp32 entries of a plan in scaling form flush to 0, from which none returns.
-constexpr double kLogDomainBeta = 0.1;
-// Sinkhorn takes the scaling form while no exponent is beyond this: sums stay inside of fp32.
-constexpr double kScalingExponent = 40.0;
+// The scaling form of IPOT is taken while its kernel spans no more than exp(this); at beta = 0.5 that
+// of cosines spans exp(4) at most.
+constexpr double kIpotScaling = 20.0;
+// The scaling form of Sinkhorn is taken while its kernel spans no more than exp(this): what it
+// computes then stays inside of fp32.
+constexpr double kSinkhornScaling = 40.0;
 constexpr double kScalingWeights = 1e12;  // and while weights differ by no more than that
 
 // One side of a batch: rows of features, read in place.

@@ -8,7 +8,7 @@ struct Workspace {
   Workspace(int64_t max_m, int64_t max_n, int64_t dim)
       : x(dim > 0 ? max_m : 0, dim), y(dim > 0 ? max_n : 0, dim), mixed(kTileRows * padded(dim)),
         similarity(max_m * padded(max_n)), scaling(max_m, max_n), log(max_m, max_n), f(max_m),
-        g(max_n), last(max_m) {}
+        g(padded(max_n)), last(max_m) {}
 
   // The problem's valid rows and columns: none of either if there is none of one.
   template <class T>
@@ -34,13 +34,31 @@ struct Solved {
   int64_t num_iters;
 };
 
+struct Range {
+  double low = INFINITY, high = -INFINITY;
+  VLPFAST_INLINE void take(double x) { low = std::min(low, x), high = std::max(high, x); }
+  VLPFAST_INLINE double width() const { return high - low; }
+};
+
+VLPFAST_INLINE Range similarities(const Workspace& w) {
+  Vec low = load(w.similarity), high = low;
+  for (int64_t k = 0; k < w.rows.size() * padded(w.columns.size()); k += kLanes) {
+    const Vec v = load(w.similarity + k);
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+  }
+  Range range;
+  for (int l = 0; l < kLanes; ++l) range.take(low[l]), range.take(high[l]);
+  return range;
+}
+
 VLPFAST_INLINE void gather_cost(Workspace& w, const float* cost, int64_t num_targets) {
   const int64_t m = w.rows.size(), n = w.columns.size(), ld = padded(n);
   for (int64_t i = 0; i < m; ++i) {
     const float* from = cost + w.rows.index[i] * num_targets;
     float* to = w.similarity + i * ld;
     for (int64_t j = 0; j < n; ++j) to[j] = -from[w.columns.index[j]];
-    std::fill(to + n, to + ld, to[0]);  // no extreme of its row
+    std::fill(to + n, to + ld, to[0]);  // no extreme of the problem
   }
 }
 
