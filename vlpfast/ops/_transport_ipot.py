@@ -185,24 +185,26 @@ def _masks(
 
 def _reference_from_cost(
     cost: Tensor, x_mask: Tensor | None, y_mask: Tensor | None,
-    beta: float, iters: int, inner: int, tol: float | None,
+    beta: float, iters: int, inner: int, tol: float | None, in_logs: bool = True,
 ) -> Solved:  # fmt: skip
     x_mask, y_mask = _masks(cost.shape, x_mask, y_mask, cost.device)
     valid = x_mask[:, :, None] & y_mask[:, None, :]
     cost = cost.masked_fill(~valid, 0)
-    options = {"beta": beta, "iters": iters, "inner": inner, "tol": tol}
+    options = {"beta": beta, "iters": iters, "inner": inner, "tol": tol, "in_logs": in_logs}
     plan, *rest = reference.ipot(cost.detach(), x_mask, y_mask, **options)
     return (cost * plan).sum((1, 2)), plan, *rest
 
 
 def _reference_ipot(
-    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, *options: object
-) -> Solved:
+    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None,
+    beta: float, iters: int, inner: int, tol: float | None,
+) -> Solved:  # fmt: skip
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_mask, y_mask = _masks((*x.shape[:2], y.shape[1]), x_mask, y_mask, x.device)
+    in_logs = beta < reference.LOG_DOMAIN_BETA
     with torch.autocast(x.device.type, enabled=False):
         cost = reference.cosine_cost(x.to(dtype), y.to(dtype), x_mask, y_mask)
-        return _reference_from_cost(cost, x_mask, y_mask, *options)
+        return _reference_from_cost(cost, x_mask, y_mask, beta, iters, inner, tol, in_logs)
 
 
 def _reference_wra(

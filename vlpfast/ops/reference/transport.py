@@ -46,15 +46,18 @@ def ipot(
     beta: float,
     iters: int,
     inner: int,
-    tol: float | None = None,
+    tol: float | None,
+    in_logs: bool,
 ) -> Solution:
-    """The inexact proximal point iteration with uniform marginals; eps = beta / iterations."""
+    """The inexact proximal point iteration with uniform marginals; eps = beta / iterations.
+
+    On logarithms for costs of any size, or in the scaling form, which is UNITER's.
+    """
     valid = x_mask[:, :, None] & y_mask[:, None, :]
     # A problem with an empty side has no valid pair, and rows or columns are then empty too.
     x_valid, y_valid = valid.any(2), valid.any(1)
     log_m = x_mask.sum(1, keepdim=True).clamp(min=1).to(cost.dtype).log()
     log_n = y_mask.sum(1, keepdim=True).clamp(min=1).to(cost.dtype).log()
-    in_logs = beta < LOG_DOMAIN_BETA
     step = _log_step if in_logs else _scaling_step
     log_of = lambda v, on: (v if in_logs else v.log()).masked_fill(~on, 0)
     # Either all of these are logarithms or none is.
