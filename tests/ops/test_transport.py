@@ -1,4 +1,4 @@
-"""ipot and ipot_from_cost against UNITER's recurrence written out per sample."""
+"""ipot against UNITER's recurrence written out per sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests._transport import exact, make, problem, routes_of, skip_interpreted, uniter
-from vlpfast.ops.transport import _IPOT, _IPOT_FROM_COST, ipot, ipot_from_cost
+from vlpfast.ops.transport import _IPOT, ipot
 from vlpfast.testing import (
     assert_compiles,
     assert_same,
@@ -25,7 +25,6 @@ from vlpfast.testing import (
 
 ROUTES = routes_of(_IPOT)
 KERNELS = routes_of(_IPOT, "reference")
-COST_ROUTES = routes_of(_IPOT_FROM_COST)
 
 # (B, M, N, D): one of everything; primes; below, at and above a vector of 16 and a tile; text
 # longer than image; features that are no multiple of a vector.
@@ -418,29 +417,6 @@ def test_only_what_is_needed(impl, device) -> None:
     assert not any(t.requires_grad for t in (out.plan, out.f, out.g, out.num_iters))
 
 
-@pytest.mark.parametrize(("impl", "device"), COST_ROUTES)
-@pytest.mark.parametrize("scale", [1.0, 300.0], ids=["scaling", "log"])
-def test_from_cost(impl, device, scale) -> None:
-    """Any cost: the one of cosines gives ipot; a wide one, 2000 beta, is solved in logarithms."""
-    x, y, x_mask, y_mask = (t.to(device) for t in problem(torch.float32))
-    cost = 1 - torch.nn.functional.cosine_similarity(x[:, :, None], y[:, None], dim=-1)
-    wanted = ipot(x.double(), y.double(), x_mask, y_mask, beta=0.5 / scale, return_plan=True)
-    junk = cost.masked_fill(~(x_mask[:, :, None] & y_mask[:, None]), math.nan)
-    call = lambda cost: ipot_from_cost(scale * cost, x_mask, y_mask, return_plan=True, impl=impl)
-    out = call(junk)
-    loose = 1 if impl == "cpp" else 100
-    torch.testing.assert_close(
-        out.distance.double() / scale, wanted.distance, rtol=1e-6 * loose, atol=3e-7 * loose
-    )
-    error = (out.plan - wanted.plan).abs().max() / wanted.plan.max()
-    assert error <= 1e-5 * scale
-    (grad,) = with_gradients(lambda cost: call(cost).distance, (junk,))[1]
-    torch.testing.assert_close(grad, scale * out.plan)
-    assert ipot_from_cost(cost.to(torch.bfloat16), impl=impl).distance.dtype == torch.float32
-    empty = ipot_from_cost(cost[:, :0], impl=impl)
-    assert empty.distance.tolist() == [0.0] * 4
-
-
 @pytest.mark.parametrize(("impl", "device"), routes("cpp", "cuda"))
 def test_registration_and_poison(impl, device) -> None:
     x, y, x_mask, y_mask = (t.to(device) for t in problem(torch.float32))
@@ -458,8 +434,6 @@ def test_registration_and_poison(impl, device) -> None:
         with poisoned_allocations():
             grads = kernels.ipot_bwd(*args, True, True)
         assert all(grad.isfinite().all() for grad in grads)
-    cost = make(2, 5, 7, seed=0).float().to(device)
-    opcheck(kernels.ipot_cost_fwd.default, cost, None, None, 0.5, 4, 1, None)
 
 
 @pytest.mark.parametrize(("impl", "device"), ROUTES)
@@ -504,7 +478,5 @@ def test_an_explicit_impl_runs_or_says_why_not() -> None:
         ipot(x, y, impl="cpp")
     with pytest.raises(NotImplementedError, match="impl='cuda' cannot run"):
         ipot(x, y, impl="cuda")
-    with pytest.raises(ValueError, match=r"cost must be \(B, M, N\), got \(6, 9\)"):
-        ipot_from_cost(torch.zeros(6, 9))
     mixed = ipot(x.bfloat16(), y.float())
     assert_same(mixed.distance, ipot(x.bfloat16().float(), y.float()).distance)
