@@ -28,8 +28,8 @@
 namespace vlpfast {
 namespace {
 
-// Subnormal results are 0 while this lives. A plan's smallest entries are subnormal, which costs some
-// CPUs a hundred cycles each and means nothing.
+// Subnormal results are 0 while this lives. A plan's smallest entries are subnormal, which costs
+// some CPUs a hundred cycles each and means nothing.
 class FlushSubnormals {
  public:
 #if defined(__x86_64__)
@@ -61,8 +61,8 @@ const bool* mask_of(const std::optional<Tensor>& mask) {
 
 Side side_of(const Tensor& features, const std::optional<Tensor>& mask, const char* op,
              const char* name) {
-  STD_TORCH_CHECK(features.dim() == 3 && (features.stride(2) == 1 || features.size(2) == 1), op, ": ", name,
-                  " must be 3-d and contiguous in its last dimension");
+  STD_TORCH_CHECK(features.dim() == 3 && (features.stride(2) == 1 || features.size(2) == 1), op,
+                  ": ", name, " must be 3-d and contiguous in its last dimension");
   return {features.const_data_ptr(), features.stride(0), features.stride(1), features.size(1),
           mask_of(mask)};
 }
@@ -71,9 +71,9 @@ FeaturePair features_of(const Tensor& x, const Tensor& y, const std::optional<Te
                         const std::optional<Tensor>& y_mask, const char* op, const char* x_name,
                         const char* y_name) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  op, ": ", x_name, " must be float, bfloat16 or half, got ",
-                  torch::headeronly::toString(type));
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
+      ": ", x_name, " must be float, bfloat16 or half, got ", torch::headeronly::toString(type));
   STD_TORCH_CHECK(y.scalar_type() == type, op, ": ", x_name, " and ", y_name,
                   " must have one dtype");
   STD_TORCH_CHECK(x.size(0) == y.size(0) && x.size(2) == y.size(2), op, ": ", x_name, " and ",
@@ -149,12 +149,14 @@ std::tuple<Tensor, Tensor> ipot_bwd_cpu(const Tensor& grad_distance, const Tenso
   check_argument(grad_distance, ScalarType::Float, "ipot", "grad_distance");
   check_argument(plan, ScalarType::Float, "ipot", "plan");
   Tensor grad_x = gradient_of(x, need_x), grad_y = gradient_of(y, need_y);
-  const GradientBatch batch{.size = x.size(0),
-                            .in = features_of(x, y, x_mask, y_mask, "ipot", "x", "y"),
-                            .plan = plan.const_data_ptr<float>(),
-                            .upstream = grad_distance.const_data_ptr<float>(),
-                            .gradients = {data_or_null(grad_x, need_x), data_or_null(grad_y, need_y)}};
-  on_all_threads(batch.size, [&](auto& next) { VLPFAST_ON_WIDEST(differentiate_ipot(batch, next)); });
+  const GradientBatch batch{
+      .size = x.size(0),
+      .in = features_of(x, y, x_mask, y_mask, "ipot", "x", "y"),
+      .plan = plan.const_data_ptr<float>(),
+      .upstream = grad_distance.const_data_ptr<float>(),
+      .gradients = {data_or_null(grad_x, need_x), data_or_null(grad_y, need_y)}};
+  on_all_threads(batch.size,
+                 [&](auto& next) { VLPFAST_ON_WIDEST(differentiate_ipot(batch, next)); });
   return {grad_x, grad_y};
 }
 
@@ -194,10 +196,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_fwd_cpu(
   check_argument(b, ScalarType::Float, "sinkhorn", "b");
   if (f_init) check_argument(*f_init, ScalarType::Float, "sinkhorn", "f");
   const int64_t B = cost.size(0), M = cost.size(1), N = cost.size(2);
-  Tensor distance = torch::stable::new_empty(cost, {B}), value = torch::stable::new_empty(cost, {B});
-  Tensor plan = torch::stable::new_empty(cost, {B, M, N});
-  Tensor f = torch::stable::new_empty(cost, {B, M}), g = torch::stable::new_empty(cost, {B, N});
-  Tensor num_iters = torch::stable::new_empty(cost, {B}, ScalarType::Long);
+  const auto floats = [&](std::initializer_list<int64_t> shape) {
+    return allocate(cost, shape, ScalarType::Float);
+  };
+  Tensor distance = floats({B}), value = floats({B}), plan = floats({B, M, N});
+  Tensor f = floats({B, M}), g = floats({B, N});
+  Tensor num_iters = allocate(cost, {B}, ScalarType::Long);
   const auto damp = [&](std::optional<double> tau) { return tau ? *tau / (*tau + eps) : 1.0; };
   const SinkhornBatch batch{.size = B,
                             .num_sources = M,
@@ -206,11 +210,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_fwd_cpu(
                             .a = a.const_data_ptr<float>(),
                             .b = b.const_data_ptr<float>(),
                             .f_init = f_init ? f_init->const_data_ptr<float>() : nullptr,
-                            .options = {eps, iters, tol.value_or(-1), damp(tau_a), damp(tau_b),
-                                        tau_a.value_or(INFINITY), tau_b.value_or(INFINITY)},
-                            .out = {distance.mutable_data_ptr<float>(), value.mutable_data_ptr<float>(),
-                                    plan.mutable_data_ptr<float>(), f.mutable_data_ptr<float>(),
-                                    g.mutable_data_ptr<float>(), num_iters.mutable_data_ptr<int64_t>()}};
+                            .options = {.eps = eps,
+                                        .iters = iters,
+                                        .tol = tol.value_or(-1),
+                                        .damp_a = damp(tau_a),
+                                        .damp_b = damp(tau_b),
+                                        .tau_a = tau_a.value_or(INFINITY),
+                                        .tau_b = tau_b.value_or(INFINITY)},
+                            .out = {.distance = distance.mutable_data_ptr<float>(),
+                                    .value = value.mutable_data_ptr<float>(),
+                                    .plan = plan.mutable_data_ptr<float>(),
+                                    .f = f.mutable_data_ptr<float>(),
+                                    .g = g.mutable_data_ptr<float>(),
+                                    .num_iters = num_iters.mutable_data_ptr<int64_t>()}};
   on_all_threads(B, [&](auto& next) { VLPFAST_ON_WIDEST(solve_sinkhorn(batch, next)); });
   return {distance, value, plan, f, g, num_iters};
 }

@@ -1,4 +1,5 @@
-// Large results on large pages: the first touch of 4 KiB pages costs more than what is written there.
+// Large results on huge pages: touching 4 KiB pages for the first time costs more than what is
+// written there (docs/facts.md).
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 
 namespace vlpfast {
 
-// Asks for huge pages under fresh memory. It is advice: what the system does not give is not missed.
+// Asks for huge pages under fresh memory. It is advice: all works without.
 inline void prefer_huge_pages(void* data, int64_t num_bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;

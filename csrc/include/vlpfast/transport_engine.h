@@ -1,8 +1,8 @@
 // One problem of optimal transport after the other, each by one thread from start to end, its
 // matrices in that core's caches. Included by each_target.h; no include guard.
 //
-// Valid rows and columns are gathered first and everything after works on those alone: padding costs
-// nothing, and the order of every sum is a function of the problem.
+// Valid rows and columns are gathered first and everything after works on those alone: padding
+// costs nothing, and the order of every sum is a function of the problem.
 #include "vlpfast/lanes.h"
 #include "vlpfast/transport_features.h"
 #include "vlpfast/transport_log.h"

@@ -1,5 +1,5 @@
-// The log domain, for any step and any strength of the entropy: potentials p (m,) and q (n,) in fp64
-// and a plan exp(p_i + q_j + s S_ij), where S is the similarity (a negative cost).
+// The log domain, for any step and any strength of the entropy: potentials p (m,) and q (n,) in
+// fp64 and a plan exp(p_i + q_j + s S_ij), where S is the similarity (a negative cost).
 // Included by each_target.h; no include guard.
 
 namespace vlpfast::VLPFAST_NAMESPACE {

@@ -3,8 +3,8 @@
 //
 // One sweep over the matrix Q, a few columns at a time so that its second half finds them in L1:
 //     delta_j = b_j / sum_i Q_ij sigma_i,    sigma_i = a_i / sum_j Q_ij delta_j
-// IPOT's step Q <- A sigma Q delta needs the sigma that ends the sweep. It is left out and put right
-// by the next sweep, so that a step takes no pass of its own: Q_ij = scale_i state_ij.
+// IPOT's step Q <- A sigma Q delta needs the sigma that ends the sweep. It is left out and put
+// right by the next sweep, so that a step takes no pass of its own: Q_ij = scale_i state_ij.
 
 namespace vlpfast::VLPFAST_NAMESPACE {
 
@@ -130,8 +130,8 @@ VLPFAST_INLINE bool settled(const Scaling& s, const float* before, float ratio) 
   return still;
 }
 
-// kernel = exp((matrix - origin) / unit) and state = factor * kernel, 0 on padding. Exponents to more
-// than fp32, since IPOT raises the kernel to the power of its steps.
+// kernel = exp((matrix - origin) / unit) and state = factor * kernel, 0 on padding. Exponents to
+// more than fp32, since IPOT raises the kernel to the power of its steps.
 VLPFAST_INLINE void exponentiate(const Scaling& s, const float* matrix, double origin, double unit,
                                  float factor) {
   const double inverse = 1 / unit;

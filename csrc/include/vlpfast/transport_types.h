@@ -21,8 +21,8 @@ using torch::headeronly::Half;
 
 // A cosine's vectors are divided by at least this (torch.nn.functional.normalize in UNITER).
 constexpr float kMinNorm = 1e-5f;
-// The scaling form of IPOT is taken while its kernel spans no more than exp(this); at beta = 0.5 that
-// of cosines spans exp(4) at most.
+// The scaling form of IPOT is taken while its kernel spans no more than exp(this); at beta = 0.5
+// that of cosines spans exp(4) at most.
 constexpr double kIpotScaling = 20.0;
 // The scaling form of Sinkhorn is taken while its kernel spans no more than exp(this): what it
 // computes then stays inside of fp32.
