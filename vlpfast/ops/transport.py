@@ -6,7 +6,6 @@ _transport_ipot.py and _transport_sinkhorn.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +13,17 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops._dispatch import Op
+from vlpfast.ops._transport_checks import (
+    check_cost,
+    check_count,
+    check_device,
+    check_ipot,
+    check_positive,
+    checked_features,
+    checked_mask,
+    checked_weights,
+    computed,
+)
 from vlpfast.ops._transport_ipot import IPOT as _IPOT
 from vlpfast.ops._transport_ipot import IPOT_FROM_COST as _IPOT_FROM_COST
 from vlpfast.ops._transport_ipot import WRA as _WRA
@@ -98,10 +108,10 @@ def ipot(
     Source: Chen et al. 2020 (UNITER), sec. 3.2, arXiv:1909.11740, as in its code and ViLT's;
         Xie et al. 2018 (IPOT), alg. 1, arXiv:1802.04307.
     """
-    x, y = _checked_features("x", x, "y", y)
-    x_mask = _checked_mask("x_mask", x_mask, x.shape[:2], x.device)
-    y_mask = _checked_mask("y_mask", y_mask, y.shape[:2], x.device)
-    _check_ipot(beta, iters, inner, tol)
+    x, y = checked_features("x", x, "y", y)
+    x_mask = checked_mask("x_mask", x_mask, x.shape[:2], x.device)
+    y_mask = checked_mask("y_mask", y_mask, y.shape[:2], x.device)
+    check_ipot(beta, iters, inner, tol)
     run = _choose(_IPOT, impl, x, (*x.shape[:2], *y.shape[1:]))
     solved = run(x, y, x_mask, y_mask, beta, iters, inner, tol)
     return _ipot_output(solved, return_plan)
@@ -132,11 +142,11 @@ def ipot_from_cost(
 
     Source: Xie et al. 2018 (IPOT), alg. 1, arXiv:1802.04307, with uniform marginals.
     """
-    _check_cost(cost)
-    x_mask = _checked_mask("x_mask", x_mask, cost.shape[:2], cost.device)
-    y_mask = _checked_mask("y_mask", y_mask, cost.shape[::2], cost.device)
-    _check_ipot(beta, iters, inner, tol)
-    cost = _computed(cost)
+    check_cost(cost)
+    x_mask = checked_mask("x_mask", x_mask, cost.shape[:2], cost.device)
+    y_mask = checked_mask("y_mask", y_mask, cost.shape[::2], cost.device)
+    check_ipot(beta, iters, inner, tol)
+    cost = computed(cost)
     run = _choose(_IPOT_FROM_COST, impl, cost, cost.shape)
     solved = run(cost, x_mask, y_mask, beta, iters, inner, tol)
     return _ipot_output(solved, return_plan)
@@ -196,20 +206,20 @@ def sinkhorn(
         Sejourne et al. 2019, arXiv:1910.12958; dustbin: Sarlin et al. 2020 (SuperGlue), sec. 3.2,
         arXiv:1911.11763. Entropy relative to a b^T, as POT's reg_type="kl".
     """
-    _check_cost(cost)
-    cost = _computed(cost)
+    check_cost(cost)
+    cost = computed(cost)
     default = (1, 1) if dustbin is not None else [1 / max(1, n) for n in cost.shape[1:]]
-    a = _checked_weights("a", a, cost, 1, default[0])
-    b = _checked_weights("b", b, cost, 2, default[1])
-    _check_positive("eps", eps)
-    _check_count("iters", iters)
+    a = checked_weights("a", a, cost, 1, default[0])
+    b = checked_weights("b", b, cost, 2, default[1])
+    check_positive("eps", eps)
+    check_count("iters", iters)
     for name, given in (("tol", tol), ("tau_a", tau_a), ("tau_b", tau_b)):
         if given is not None:
-            _check_positive(name, given)
+            check_positive(name, given)
     if dustbin is not None:
         cost, a, b = _with_dustbin(cost, a, b, dustbin)
     if f is not None:
-        f = _checked_weights("f", f.detach(), cost, 1, 0)
+        f = checked_weights("f", f.detach(), cost, 1, 0)
     run = _choose(_SINKHORN, impl, cost, cost.shape)
 
     with torch.autocast(cost.device.type, enabled=False):
@@ -255,15 +265,15 @@ def wra_loss(
     Source: Chen et al. 2020 (UNITER), eq. 6, arXiv:1909.11740, as in its code, where unmatched
         pairs enter with a minus sign; Kim et al. 2021 (ViLT), arXiv:2102.03334.
     """
-    text, image = _checked_features("text", text, "image", image)
-    text_mask = _checked_mask("text_mask", text_mask, text.shape[:2], text.device)
-    image_mask = _checked_mask("image_mask", image_mask, image.shape[:2], text.device)
+    text, image = checked_features("text", text, "image", image)
+    text_mask = checked_mask("text_mask", text_mask, text.shape[:2], text.device)
+    image_mask = checked_mask("image_mask", image_mask, image.shape[:2], text.device)
     if matched.dtype != torch.bool:
         raise TypeError(f"matched must be bool, got {matched.dtype}")
     if matched.shape != text.shape[:1]:
         raise ValueError(f"matched must be (B,) = ({text.shape[0]},), got {tuple(matched.shape)}")
-    _check_device("matched", matched, text.device)
-    _check_ipot(beta, iters, 1, None)
+    check_device("matched", matched, text.device)
+    check_ipot(beta, iters, 1, None)
     if text.dtype == torch.float16:
         # Gradients written in the forward would underflow before they meet a loss scale.
         distance = ipot(text, image, text_mask, image_mask, beta=beta, iters=iters, impl=impl)[0]
@@ -294,86 +304,3 @@ def _with_dustbin(
     cost = torch.cat([cost, dustbin.expand(B, 1, N + 1)], 1)
     sums = [weights.sum(1, keepdim=True) for weights in (b, a)]
     return cost, torch.cat([a, sums[0]], 1), torch.cat([b, sums[1]], 1)
-
-
-def _checked_features(x_name: str, x: Tensor, y_name: str, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dtype and contiguous in their last dimension."""
-    for name, features in ((x_name, x), (y_name, y)):
-        if features.dim() != 3:
-            raise ValueError(f"{name} must be 3-d (B, tokens, D), got {tuple(features.shape)}")
-        if not features.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {features.dtype}")
-    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
-        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
-        raise ValueError(f"{x_name} and {y_name} must share B and D, got {shapes}")
-    if x.shape[2] == 0:
-        raise ValueError(f"{x_name} and {y_name} must have D >= 1, got {tuple(x.shape)}")
-    _check_device(y_name, y, x.device)
-    if x.dtype != y.dtype:
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        x, y = x.to(dtype), y.to(dtype)
-    x, y = (f if f.stride(2) == 1 else f.contiguous() for f in (x, y))
-    return x, y
-
-
-def _checked_mask(
-    name: str, mask: Tensor | None, shape: tuple[int, ...], device: torch.device
-) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be bool (True = valid), got {mask.dtype}")
-    if mask.shape != shape:
-        raise ValueError(f"{name} must be (B, tokens) = {tuple(shape)}, got {tuple(mask.shape)}")
-    _check_device(name, mask, device)
-    return mask.contiguous()
-
-
-def _check_cost(cost: Tensor) -> None:
-    if cost.dim() != 3:
-        raise ValueError(f"cost must be (B, M, N), got {tuple(cost.shape)}")
-    if not cost.is_floating_point():
-        raise TypeError(f"cost must be floating point, got {cost.dtype}")
-
-
-def _computed(cost: Tensor) -> Tensor:
-    """Contiguous and in the dtype of the computation."""
-    return cost.to(torch.float64 if cost.dtype == torch.float64 else torch.float32).contiguous()
-
-
-def _checked_weights(
-    name: str, weights: Tensor | None, cost: Tensor, dim: int, default: float
-) -> Tensor:
-    """The weights in the dtype of the computation, or `default` everywhere."""
-    shape = (cost.shape[0], cost.shape[dim])
-    if weights is None:
-        return torch.full(shape, default, dtype=cost.dtype, device=cost.device)
-    if weights.shape != shape:
-        raise ValueError(f"{name} must be {shape}, got {tuple(weights.shape)}")
-    _check_device(name, weights, cost.device)
-    return weights.to(cost.dtype).contiguous()
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} as the others, got {tensor.device}")
-
-
-def _check_ipot(beta: float, iters: int, inner: int, tol: float | None) -> None:
-    _check_positive("beta", beta)
-    _check_count("iters", iters)
-    _check_count("inner", inner)
-    if tol is not None:
-        _check_positive("tol", tol)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be > 0, got {value}")
-    if value == math.inf:
-        raise ValueError(f"{name} must be finite, got inf")
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be >= 1, got {value}")
