@@ -6,9 +6,7 @@
 
 #include <cstdint>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "vlpfast/huge_pages.h"
 
 namespace vlpfast {
 namespace {
@@ -16,14 +14,7 @@ namespace {
 using torch::stable::Tensor;
 
 void huge_pages_cpu(const Tensor& memory) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const auto start = reinterpret_cast<uintptr_t>(memory.data_ptr());
-  const uintptr_t end = (start + memory.numel() * memory.element_size()) / kPage * kPage;
-  const uintptr_t begin = (start + kPage - 1) / kPage * kPage;
-  // Advice: where the kernel declines, everything works as before.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size());
 }
 
 }  // namespace

@@ -1,0 +1,91 @@
+"""What the ops of transport ask of their arguments; a wrong one is named with what was expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def checked_features(x_name: str, x: Tensor, y_name: str, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one dtype and contiguous in their last dimension."""
+    for name, features in ((x_name, x), (y_name, y)):
+        if features.dim() != 3:
+            raise ValueError(f"{name} must be 3-d (B, tokens, D), got {tuple(features.shape)}")
+        if not features.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {features.dtype}")
+    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"{x_name} and {y_name} must share B and D, got {shapes}")
+    if x.shape[2] == 0:
+        raise ValueError(f"{x_name} and {y_name} must have D >= 1, got {tuple(x.shape)}")
+    check_device(y_name, y, x.device)
+    if x.dtype != y.dtype:
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(dtype), y.to(dtype)
+    x, y = (f if f.stride(2) == 1 else f.contiguous() for f in (x, y))
+    return x, y
+
+
+def checked_mask(
+    name: str, mask: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool (True = valid), got {mask.dtype}")
+    if mask.shape != shape:
+        raise ValueError(f"{name} must be (B, tokens) = {tuple(shape)}, got {tuple(mask.shape)}")
+    check_device(name, mask, device)
+    return mask.contiguous()
+
+
+def check_cost(cost: Tensor) -> None:
+    if cost.dim() != 3:
+        raise ValueError(f"cost must be (B, M, N), got {tuple(cost.shape)}")
+    if not cost.is_floating_point():
+        raise TypeError(f"cost must be floating point, got {cost.dtype}")
+
+
+def computed(cost: Tensor) -> Tensor:
+    """Contiguous and in the dtype of the computation."""
+    return cost.to(torch.float64 if cost.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def checked_weights(
+    name: str, weights: Tensor | None, cost: Tensor, dim: int, default: float
+) -> Tensor:
+    """The weights in the dtype of the computation, or `default` everywhere."""
+    shape = (cost.shape[0], cost.shape[dim])
+    if weights is None:
+        return torch.full(shape, default, dtype=cost.dtype, device=cost.device)
+    if weights.shape != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(weights.shape)}")
+    check_device(name, weights, cost.device)
+    return weights.to(cost.dtype).contiguous()
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} as the others, got {tensor.device}")
+
+
+def check_ipot(beta: float, iters: int, inner: int, tol: float | None) -> None:
+    check_positive("beta", beta)
+    check_count("iters", iters)
+    check_count("inner", inner)
+    if tol is not None:
+        check_positive("tol", tol)
+
+
+def check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be > 0, got {value}")
+    if value == math.inf:
+        raise ValueError(f"{name} must be finite, got inf")
+
+
+def check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
