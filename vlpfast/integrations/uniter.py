@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlpfast import ops
-from vlpfast.ops.reference import transport as reference
 
 
 def optimal_transport_dist(
@@ -99,8 +98,8 @@ def ipot(
 ) -> Tensor:
     """The transport plan of a given cost, TRANSPOSED as UNITER returns it.
 
-    For code that builds its own cost. It runs the eager recurrence: the fused one starts from
-    features (`optimal_transport_dist`, or `ops.ipot` with `return_plan=True`).
+    For code that builds its own cost, on `ops.ipot_from_cost`. From features,
+    `optimal_transport_dist` and `ops.ipot` need no cost in memory.
 
     Args:
         C (B, M, N): cost.
@@ -136,10 +135,9 @@ def ipot(
         if not value > 0:
             raise ValueError(f"{name} must be > 0, got {value}")
     x_mask, y_mask = ~_pad("x_pad", x_pad), ~_pad("y_pad", y_pad)
-    dtype = torch.float64 if C.dtype == torch.float64 else torch.float32
-    # Padding may hold anything, NaN included.
-    cost = C.to(dtype).masked_fill(~(x_mask[:, :, None] & y_mask[:, None, :]), 0)
-    return reference.ipot(cost, x_mask, y_mask, beta=beta, iters=iteration, inner=k).plan.mT
+    return ops.ipot_from_cost(
+        C, x_mask, y_mask, beta=beta, iters=iteration, inner=k, return_plan=True
+    ).plan.mT
 
 
 def _pad(name: str, pad: Tensor) -> Tensor:
