@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from vlpfast.kernels import _contrastive_passes as passes
+from vlpfast.kernels._common import AotCase
 from vlpfast.kernels._contrastive import (
     BLOCK_M,
     BLOCK_N,
@@ -23,6 +24,18 @@ from vlpfast.kernels._contrastive import (
     partials,
     rows_per_program,
 )  # fmt: skip
+from vlpfast.kernels._contrastive_fused import contrastive_fused_stats
+
+__all__ = [
+    "AOT_CASES",
+    "contrastive_fused_stats",
+    "contrastive_grad",
+    "contrastive_hinge",
+    "contrastive_negatives",
+    "contrastive_sigmoid",
+    "contrastive_stats",
+    "contrastive_teacher",
+]
 
 _BLOCKS = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": NUM_WARPS}
 
@@ -241,3 +254,68 @@ def contrastive_hinge(
         )  # fmt: skip
         add((row_loss, row_count), row_part)
         add((col_count,), col_part)
+
+
+_IDS = ("row_ids_ptr", "col_ids_ptr")
+_FLOATS = ("smoothing", "alpha", "margin", "positive_target", "negative_target", "unit")
+
+
+def _aot_case(
+    name: str, kernel: triton.JITFunction, dtype: str, absent: tuple[str, ...] = (),
+    constants: dict | None = None, **limits: object,
+) -> AotCase:  # fmt: skip
+    """A case whose argument types follow from their names; `absent` pointers are None."""
+    constants = constants or {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+    constants = constants | dict.fromkeys(absent)
+    types = {}
+    for argument in kernel.arg_names:
+        if argument in ("sims_ptr", "teacher_ptr", "x_ptr", "y_ptr"):
+            types[argument] = f"*{dtype}"
+        elif argument.endswith("part_index_ptr"):
+            types[argument] = "*i32"
+        elif argument in (*_IDS, "seed_ptr") or argument.endswith("index_ptr"):
+            types[argument] = "*i64"
+        elif argument.endswith("_ptr"):
+            types[argument] = "*fp32"
+        else:
+            types[argument] = "fp32" if argument in _FLOATS else "i32"
+    types = {argument: kind for argument, kind in types.items() if argument not in constants}
+    return AotCase(
+        f"{name}-{dtype}", kernel, types, constants, divisible=("stride", "teacher_stride", "N"),
+        **({"num_warps": NUM_WARPS, "max_registers": 128, "max_shared_bytes": 16_384} | limits),
+    )  # fmt: skip
+
+
+_NO_TEACHER = ("teacher_ptr", "teacher_lse_ptr")
+AOT_CASES = [
+    case
+    for dtype in ("bf16", "fp32")
+    for case in (
+        _aot_case("contrastive_stats", passes.stats_kernel, dtype, _IDS),
+        _aot_case("contrastive_stats-ids", passes.stats_kernel, dtype),
+        _aot_case("contrastive_teacher", passes.teacher_kernel, dtype),
+        _aot_case("contrastive_grad", passes.grad_kernel, dtype, (*_IDS, *_NO_TEACHER)),
+        _aot_case(
+            "contrastive_grad-ids-teacher",
+            passes.grad_kernel,
+            dtype,
+            ("col_lse_ptr", "col_weight_ptr"),
+        ),
+        _aot_case(
+            "contrastive_sigmoid",
+            passes.sigmoid_kernel,
+            dtype,
+            (*_IDS, "teacher_ptr", "col_part_ptr"),
+            {"WRITE_GRAD": True, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N},
+        ),
+        _aot_case(
+            "contrastive_sigmoid-full",
+            passes.sigmoid_kernel,
+            dtype,
+            (),
+            {"WRITE_GRAD": True, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N},
+        ),
+        _aot_case("contrastive_negatives", passes.negatives_kernel, dtype),
+        _aot_case("contrastive_hinge", passes.hinge_kernel, dtype),
+    )
+]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from vlpfast.kernels import _contrastive, contrastive
+from vlpfast.kernels import _contrastive, _contrastive_fused, contrastive
 from vlpfast.ops.reference import counter
 from vlpfast.testing import assert_same, routes
 
@@ -341,3 +341,96 @@ def test_repeat_is_bit_equal(impl, device):
     make = functools.partial(Tile, (17, 257), device)
     assert_same(run_stats(make()), run_stats(make()))
     assert_same(run_negatives(make(), 3, 0, 0, 0, 1), run_negatives(make(), 3, 0, 0, 0, 1))
+
+
+# (M, N, D): one pair; below and at a block of 16; three blocks with ends; D odd and even blocks.
+FUSED_SHAPES = [(1, 1, 5), (15, 17, 13), (16, 16, 16), (33, 47, 32)]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Interpreted tiles of 16, and programs that own several of them."""
+    if not torch.cuda.is_available():
+        blocks = _contrastive_fused.Blocks(16, 16, 16, 4, 2)
+        monkeypatch.setattr(_contrastive_fused, "blocks_for", lambda *_, **__: blocks)
+    monkeypatch.setattr(_contrastive_fused, "_GROUPS", 2)
+    monkeypatch.setattr(_contrastive_fused, "_MANY_PROGRAMS", 1)
+
+
+def fused_problem(shape, device, scale=20.0, ids=True, offset=0) -> tuple[Tile, Tensor, Tensor]:
+    """Features, and the tile of their similarities."""
+    M, N, D = shape
+    tile = Tile((M, N), device, scale=scale, ids=ids, offset=offset)
+    generator = torch.Generator().manual_seed(1)
+    x, y = (
+        F.normalize(torch.randn(size, D + 1, generator=generator), dim=1).to(device)[:, :D]
+        for size in (M, N)
+    )
+    tile.sims.copy_(x @ y.T)
+    tile.s = x.double() @ y.double().T
+    tile.z = tile.s * scale
+    return tile, x, y
+
+
+def run_fused(tile, x, y, with_cols=True, **draws) -> list[Tensor]:
+    M, N = tile.sims.shape
+    rows = tile.start(M, -torch.inf) + tile.start(M, count=2)
+    cols = tile.start(N, -torch.inf) + tile.start(N, count=2) if with_cols else [None] * 3
+    contrastive.contrastive_fused_stats(
+        x, y, tile.scale, *tile.ids, tile.offset, *rows, *cols, **draws
+    )
+    return rows + cols
+
+
+@on_routes
+@pytest.mark.parametrize("shape", FUSED_SHAPES, ids=lambda s: "M{}-N{}-D{}".format(*s))
+@pytest.mark.parametrize("ids", [False, True], ids=["diagonal", "ids"])
+def test_fused_stats(impl, device, small_blocks, shape, ids):
+    problem = fused_problem(shape, device, ids=ids, offset=-shape[1] // 3)
+    check_stats(problem[0], run_fused(*problem))
+    check_stats(problem[0], run_fused(*problem, with_cols=False))
+
+
+@on_routes
+@pytest.mark.parametrize("scale", [-30.0, 1e4])
+def test_fused_stats_of_any_range(impl, device, small_blocks, scale):
+    problem = fused_problem((33, 47, 16), device, scale=scale)
+    check_stats(problem[0], run_fused(*problem))
+
+
+@on_routes
+@pytest.mark.parametrize("with_cols", [False, True], ids=["rows", "both"])
+def test_fused_negatives_are_those_of_the_pass(impl, device, small_blocks, with_cols):
+    """This rank's columns are 10 to 39 of 47."""
+    tile, x, y = fused_problem((33, 47, 16), device, offset=10)
+    own = slice(10, 40)
+    state = [
+        torch.full((size, 1), value, device=device)
+        for size in (33, 47)
+        for value in (-torch.inf, -1)
+    ]
+    expected = [state[0].clone(), state[1].clone(), state[2][own].clone(), state[3][own].clone()]
+    names = ["row_best", "row_index", "col_best", "col_index"]
+    seed = torch.tensor(5, device=device)
+    run_fused(
+        tile, x, y, with_cols=with_cols, seed=seed, first_row=10, row_offset=3, first_col=10,
+        num_local=30, side=1, **dict(zip(names[: 2 + 2 * with_cols], state, strict=False)),
+    )  # fmt: skip
+    contrastive.contrastive_negatives(
+        tile.sims[:, own], tile.scale, seed, 10, 3, 1, tile.row_ids, tile.col_ids[own], 0, *expected
+    )
+    assert_same(state[1], expected[1])
+    close(state[0], expected[0])
+    if with_cols:
+        assert_same(state[3][own], expected[3])
+        close(state[2][own], expected[2])
+        assert (state[3][:10] == -1).all()
+        assert (state[3][40:] == -1).all()
+
+
+@on_routes
+def test_fused_draws_one_negative(impl, device):
+    tile, x, y = fused_problem((3, 3, 4), device)
+    two = torch.zeros(3, 2, device=device)
+    with pytest.raises(NotImplementedError, match="draw one negative, got k=2"):
+        run_fused(tile, x, y, seed=torch.tensor(0, device=device), row_best=two, row_index=two)
