@@ -23,7 +23,7 @@ BLOCK_M, BLOCK_N, NUM_WARPS = 16, 256, 8
 # A program walks down up to 16 tiles of its columns, fewer where that would leave the GPU idle.
 _MOST_ROWS, _MANY_PROGRAMS = 256, 512
 # How many partial results of how many rows or columns a program merges at once.
-_MERGE_P, _MERGE_X = 64, 32
+MERGE_BLOCKS = {"BLOCK_P": 64, "BLOCK_X": 32}
 
 
 @triton.jit
@@ -77,8 +77,8 @@ def best_of(score, index, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _merge_lse_kernel(
-    max_ptr, sum_ptr, extra_ptr, partial_ptr, P, X, unit,
+def merge_lse_kernel(
+    max_ptr, sum_ptr, extra_ptr, part_ptr, P, X, unit,
     RESCALES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     offs_x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -90,7 +90,7 @@ def _merge_lse_kernel(
     for start in range(0, P, BLOCK_P):
         mask = (start + offs_p < P)[:, None] & mask_x[None, :]
         offsets = (start + offs_p)[:, None].to(tl.int64) * X + offs_x[None, :]
-        part_max = tl.load(partial_ptr + offsets, mask=mask, other=float("-inf"))
+        part_max = tl.load(part_ptr + offsets, mask=mask, other=float("-inf"))
         new_max = tl.maximum(new_max, tl.max(part_max, 0) * unit)
     factor = tl.exp(old_max - new_max)
     total = tl.load(sum_ptr + offs_x, mask=mask_x, other=0.0) * factor
@@ -100,9 +100,9 @@ def _merge_lse_kernel(
     for start in range(0, P, BLOCK_P):
         mask = (start + offs_p < P)[:, None] & mask_x[None, :]
         offsets = (start + offs_p)[:, None].to(tl.int64) * X + offs_x[None, :]
-        part_max = tl.load(partial_ptr + offsets, mask=mask, other=0.0) * unit
-        part_sum = tl.load(partial_ptr + plane + offsets, mask=mask, other=0.0)
-        part_extra = tl.load(partial_ptr + 2 * plane + offsets, mask=mask, other=0.0)
+        part_max = tl.load(part_ptr + offsets, mask=mask, other=0.0) * unit
+        part_sum = tl.load(part_ptr + plane + offsets, mask=mask, other=0.0)
+        part_extra = tl.load(part_ptr + 2 * plane + offsets, mask=mask, other=0.0)
         factor_p = tl.where(mask, tl.exp(part_max - new_max[None, :]), 0.0)
         total += tl.sum(part_sum * factor_p, 0)
         extra += tl.sum(part_extra * factor_p if RESCALES else part_extra, 0)
@@ -112,8 +112,8 @@ def _merge_lse_kernel(
 
 
 @triton.jit
-def _add_kernel(
-    out_ptr, partial_ptr, P, X, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr
+def add_kernel(
+    out_ptr, part_ptr, P, X, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr
 ):  # fmt: skip
     offs_x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     mask_x = offs_x < X
@@ -122,13 +122,13 @@ def _add_kernel(
     for start in range(0, P, BLOCK_P):
         mask = (start + offs_p < P)[:, None] & mask_x[None, :]
         offsets = (start + offs_p)[:, None].to(tl.int64) * X + offs_x[None, :]
-        total += tl.sum(tl.load(partial_ptr + offsets, mask=mask, other=0.0), 0)
+        total += tl.sum(tl.load(part_ptr + offsets, mask=mask, other=0.0), 0)
     tl.store(out_ptr + offs_x, total, mask=mask_x)
 
 
 @triton.jit
-def _merge_best_kernel(
-    best_ptr, index_ptr, old_best_ptr, old_index_ptr, partial_ptr, partial_index_ptr, P, X,
+def merge_best_kernel(
+    best_ptr, index_ptr, old_best_ptr, old_index_ptr, part_ptr, part_index_ptr, P, X,
     K, rank, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     # Rank 0 is the best of all; the next ranks take what comes after the one before them.
@@ -148,8 +148,8 @@ def _merge_best_kernel(
     for start in range(0, P, BLOCK_P):
         mask = (start + offs_p < P)[:, None] & mask_x[None, :]
         offsets = (start + offs_p)[:, None].to(tl.int64) * X + offs_x[None, :]
-        score = tl.load(partial_ptr + offsets, mask=mask, other=float("-inf"))
-        at = tl.load(partial_index_ptr + offsets, mask=mask, other=NO_INDEX)
+        score = tl.load(part_ptr + offsets, mask=mask, other=float("-inf"))
+        at = tl.load(part_index_ptr + offsets, mask=mask, other=NO_INDEX)
         score, at = best_of(score, at, 0)
         better = (score > best) | ((score == best) & (at < index))
         best, index = tl.where(better, score, best), tl.where(better, at, index)
@@ -196,9 +196,9 @@ def merge_lse(
     maxima is worth, ln 2 if they are exponents of 2.
     """
     _, P, X = partial.shape
-    _merge_lse_kernel[(triton.cdiv(X, _MERGE_X),)](
+    merge_lse_kernel[(triton.cdiv(X, MERGE_BLOCKS["BLOCK_X"]),)](
         running_max, running_sum, extra, partial, P, X, unit,
-        RESCALES=rescales, BLOCK_P=_MERGE_P, BLOCK_X=_MERGE_X,
+        RESCALES=rescales, **MERGE_BLOCKS,
     )  # fmt: skip
 
 
@@ -206,9 +206,7 @@ def add(outputs: tuple[Tensor, ...], partial: Tensor) -> None:
     """Adds (count, P, X) partial sums to as many running ones (X,)."""
     _, P, X = partial.shape
     for out, part in zip(outputs, partial, strict=True):
-        _add_kernel[(triton.cdiv(X, _MERGE_X),)](
-            out, part, P, X, BLOCK_P=_MERGE_P, BLOCK_X=_MERGE_X
-        )
+        add_kernel[(triton.cdiv(X, MERGE_BLOCKS["BLOCK_X"]),)](out, part, P, X, **MERGE_BLOCKS)
 
 
 def merge_best(
@@ -217,7 +215,7 @@ def merge_best(
 ) -> None:  # fmt: skip
     """Writes the winner of `rank` among the old (X, K) and P candidates (P, X) of each row."""
     P, X = partial.shape
-    _merge_best_kernel[(triton.cdiv(X, _MERGE_X),)](
+    merge_best_kernel[(triton.cdiv(X, MERGE_BLOCKS["BLOCK_X"]),)](
         best, index, *old, partial, partial_index, P, X, best.shape[1], rank,
-        BLOCK_P=_MERGE_P, BLOCK_X=_MERGE_X,
+        **MERGE_BLOCKS,
     )  # fmt: skip

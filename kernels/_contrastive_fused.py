@@ -51,9 +51,9 @@ def blocks_for(dtype: torch.dtype, M: int, *, ids: bool, draws: bool) -> Blocks:
     No GPU has timed them. Row blocks of 64 are what a warp group multiplies at least.
     """
     if dtype == torch.float32:
-        return Blocks(64, 64, 16, 8 if draws else 4, 2)
+        return Blocks(64, 32, 32, 4, 2) if draws else Blocks(64, 64, 16, 8, 2)
     if draws or M <= 64:
-        return Blocks(64, 64, 64, 8 if draws else 4, 3)
+        return Blocks(64, 64, 64, 8, 3)
     return Blocks(128, 64 if ids else 128, 64, 8, 3)
 
 
@@ -91,8 +91,8 @@ def _similarity(
 @triton.jit(do_not_specialize=["diag_offset", "first_row", "row_offset", "first_col", "side"])
 def fused_stats_kernel(
     x_ptr, y_ptr, scale_ptr, seed_ptr, row_ids_ptr, col_ids_ptr,
-    row_part_ptr, col_part_ptr, row_best_ptr, row_index_ptr, col_best_ptr, col_index_ptr,
-    tile_ptr, tile_index_ptr,
+    row_part_ptr, col_part_ptr, row_part_best_ptr, row_part_index_ptr,
+    col_part_best_ptr, col_part_index_ptr, tile_ptr, tile_part_index_ptr,
     M, N, D, stride_x, stride_y, diag_offset, first_row, row_offset, first_col, num_local, side,
     rows_per_group, cols_per_group, groups_m, groups_n,
     EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -114,7 +114,7 @@ def fused_stats_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         if col_part_ptr is not None:
-            tile_index_ptr += pid * BLOCK_N
+            tile_part_index_ptr += pid * BLOCK_N
 
     for start_m in range(begin_m, end_m, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -133,34 +133,6 @@ def fused_stats_kernel(
                 x_ptr, y_ptr, offs_m, offs_n, M, N, D, stride_x, stride_y,
                 EVEN_D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            z = s * (scale * LOG2E)
-
-            # One exponential for row and column, relative to the largest of the tile.
-            top = tl.max(tl.max(z, 1), 0)
-            p = tl.exp2(z - top)
-            t_m, t_l = tl.zeros((BLOCK_M,), tl.float32) + top, tl.sum(p, 1)
-            low = tl.min(t_l, 0)
-            # Columns change hands through memory: a tile's result is spread over all warps, and
-            # merging it there would keep each of its values 32 times in registers.
-            if col_part_ptr is not None:
-                t_k = tl.sum(p, 0)
-                low = tl.minimum(low, tl.min(t_k, 0))
-                tl.store(tile_ptr + offs_b, tl.zeros((BLOCK_N,), tl.float32) + top)
-                tl.store(tile_ptr + BLOCK_N + offs_b, t_k)
-            if (low < TINY) | (start_m + BLOCK_M > M) | (start_n + BLOCK_N > N):
-                # A maximum for each row and column: at the edges, and where a sum got too small.
-                z += tl.where(mask_m, 0.0, MASKED)[:, None] + tl.where(mask_n, 0.0, MASKED)[None, :]
-                t_m = tl.max(z, 1)
-                t_l = tl.sum(tl.exp2(z - t_m[:, None]), 1)
-                if col_part_ptr is not None:
-                    t_n = tl.max(z, 0)
-                    tl.debug_barrier()
-                    tl.store(tile_ptr + offs_b, t_n)
-                    tl.store(tile_ptr + BLOCK_N + offs_b, tl.sum(tl.exp2(z - t_n[None, :]), 0))
-            m_new = tl.maximum(m_i, t_m)
-            l_i = l_i * tl.exp2(m_i - m_new) + t_l * tl.exp2(t_m - m_new)
-            m_i = m_new
-
             crosses = (start_n < start_m + BLOCK_M + diag_offset) & (
                 start_n + BLOCK_N > start_m + diag_offset
             )
@@ -206,7 +178,37 @@ def fused_stats_kernel(
                             score, tl.broadcast_to(positions[:, None], (BLOCK_M, BLOCK_N)), 0
                         )
                         tl.store(tile_ptr + 3 * BLOCK_N + offs_b, best)
-                        tl.store(tile_index_ptr + offs_b, index)
+                        tl.store(tile_part_index_ptr + offs_b, index)
+
+            z = s * (scale * LOG2E)
+
+            # One exponential for row and column, relative to the largest of the tile.
+            top = tl.max(tl.max(z, 1), 0)
+            p = tl.exp2(z - top)
+            t_m, t_l = tl.zeros((BLOCK_M,), tl.float32) + top, tl.sum(p, 1)
+            low = tl.min(t_l, 0)
+            # Columns change hands through memory: a tile's result is spread over all warps, and
+            # merging it there would keep each of its values 32 times in registers.
+            if col_part_ptr is not None:
+                t_k = tl.sum(p, 0)
+                low = tl.minimum(low, tl.min(t_k, 0))
+                tl.store(tile_ptr + offs_b, tl.zeros((BLOCK_N,), tl.float32) + top)
+                tl.store(tile_ptr + BLOCK_N + offs_b, t_k)
+            if (low < TINY) | (start_m + BLOCK_M > M) | (start_n + BLOCK_N > N):
+                # A maximum for each row and column: at the edges, and where a sum got too small.
+                # In two steps: one of both would need a tile's registers more.
+                z += tl.where(mask_m, 0.0, MASKED)[:, None]
+                z += tl.where(mask_n, 0.0, MASKED)[None, :]
+                t_m = tl.max(z, 1)
+                t_l = tl.sum(tl.exp2(z - t_m[:, None]), 1)
+                if col_part_ptr is not None:
+                    t_n = tl.max(z, 0)
+                    tl.debug_barrier()
+                    tl.store(tile_ptr + offs_b, t_n)
+                    tl.store(tile_ptr + BLOCK_N + offs_b, tl.sum(tl.exp2(z - t_n[None, :]), 0))
+            m_new = tl.maximum(m_i, t_m)
+            l_i = l_i * tl.exp2(m_i - m_new) + t_l * tl.exp2(t_m - m_new)
+            m_i = m_new
 
             if col_part_ptr is not None:
                 # What one row block leaves in the program's line, the next finds.
@@ -225,24 +227,24 @@ def fused_stats_kernel(
                 tl.store(line + 2 * col_plane, t_pos, mask=mask_n)
                 if seed_ptr is not None:
                     at = col_line + offs_n
-                    best = tl.load(col_best_ptr + at, mask=later, other=float("-inf"))
-                    index = tl.load(col_index_ptr + at, mask=later, other=-1)
+                    best = tl.load(col_part_best_ptr + at, mask=later, other=float("-inf"))
+                    index = tl.load(col_part_index_ptr + at, mask=later, other=-1)
                     if has_local:
                         t_best = tl.load(tile_ptr + 3 * BLOCK_N + offs_b)
-                        t_index = tl.load(tile_index_ptr + offs_b)
+                        t_index = tl.load(tile_part_index_ptr + offs_b)
                         better = t_best > best
                         best = tl.where(better, t_best, best)
                         index = tl.where(better, t_index, index)
-                    tl.store(col_best_ptr + at, best, mask=mask_n)
-                    tl.store(col_index_ptr + at, index, mask=mask_n)
+                    tl.store(col_part_best_ptr + at, best, mask=mask_n)
+                    tl.store(col_part_index_ptr + at, index, mask=mask_n)
                 tl.debug_barrier()
         line = row_part_ptr + row_line + offs_m
         tl.store(line, m_i, mask=mask_m)
         tl.store(line + row_plane, l_i, mask=mask_m)
         tl.store(line + 2 * row_plane, pos_i, mask=mask_m)
         if seed_ptr is not None:
-            tl.store(row_best_ptr + row_line + offs_m, row_best, mask=mask_m)
-            tl.store(row_index_ptr + row_line + offs_m, row_index, mask=mask_m)
+            tl.store(row_part_best_ptr + row_line + offs_m, row_best, mask=mask_m)
+            tl.store(row_part_index_ptr + row_line + offs_m, row_index, mask=mask_m)
 
 
 def contrastive_fused_stats(

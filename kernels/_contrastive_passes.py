@@ -14,7 +14,6 @@ from vlpfast.kernels._common import stream_key
 from vlpfast.kernels._contrastive import (
     MASKED,
     NO_INDEX,
-    TINY,
     best_of,
     comes_after,
     gumbel,
@@ -49,11 +48,11 @@ def stats_kernel(
 ):  # fmt: skip
     begin, end, offs_n, mask_n = _walk(M, N, rows_per_program, BLOCK_N)
     scale = tl.load(scale_ptr)
-    # Columns are summed relative to a maximum for each row of the tile: no exponential of their
-    # own, and no exchange between warps before the end.
-    ref = tl.full((BLOCK_M,), MASKED, tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc_pos = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Every place of the tile keeps a running log-sum-exp of its own down the walk, at one
+    # exponential an element; places of one column meet at the end.
+    n_i = tl.full((BLOCK_M, BLOCK_N), MASKED, tl.float32)
+    k_i = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    pos_i = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(begin, end, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < end
@@ -69,31 +68,16 @@ def stats_kernel(
         tl.store(_line(row_part_ptr, 1, offs_m, 0, M), tl.sum(p, 1), mask=mask_m)
         tl.store(_line(row_part_ptr, 2, offs_m, 0, M), tl.sum(s_pos, 1), mask=mask_m)
         if col_part_ptr is not None:
-            new_ref = tl.maximum(ref, t_m)
-            acc = acc * tl.exp(ref - new_ref)[:, None] + p * tl.exp(t_m - new_ref)[:, None]
-            acc_pos += s_pos
-            ref = new_ref
+            e = tl.exp(-tl.abs(z - n_i))
+            k_i = tl.where(z > n_i, k_i * e + 1.0, k_i + e)
+            n_i = tl.maximum(n_i, z)
+            pos_i += s_pos
     if col_part_ptr is not None:
-        top = tl.max(ref, 0)
-        n_i = tl.zeros((BLOCK_N,), tl.float32) + top
-        k_i = tl.sum(acc * tl.exp(ref - top)[:, None], 0)
-        if tl.min(tl.where(mask_n, k_i, 1.0), 0) < TINY:
-            # A column far below all its rows' maxima: once more, with a maximum of its own.
-            n_i = tl.full((BLOCK_N,), MASKED, tl.float32)
-            k_i = tl.zeros((BLOCK_N,), tl.float32)
-            for start in range(begin, end, BLOCK_M):
-                offs_m = start + tl.arange(0, BLOCK_M)
-                mask_m = offs_m < end
-                mask = mask_m[:, None] & mask_n[None, :]
-                s = load_tile(sims_ptr, stride, offs_m, offs_n, mask)
-                s = with_diagonal(s, diag_ptr, diag_offset, offs_m, offs_n, mask_m)
-                z = tl.where(mask, s * scale, MASKED)
-                n_new = tl.maximum(n_i, tl.max(z, 0))
-                k_i = k_i * tl.exp(n_i - n_new) + tl.sum(tl.exp(z - n_new[None, :]), 0)
-                n_i = n_new
-        tl.store(_line(col_part_ptr, 0, offs_n, 1, N), n_i, mask=mask_n)
-        tl.store(_line(col_part_ptr, 1, offs_n, 1, N), k_i, mask=mask_n)
-        tl.store(_line(col_part_ptr, 2, offs_n, 1, N), tl.sum(acc_pos, 0), mask=mask_n)
+        top = tl.max(n_i, 0)
+        total = tl.sum(k_i * tl.exp(n_i - top[None, :]), 0)
+        tl.store(_line(col_part_ptr, 0, offs_n, 1, N), top, mask=mask_n)
+        tl.store(_line(col_part_ptr, 1, offs_n, 1, N), total, mask=mask_n)
+        tl.store(_line(col_part_ptr, 2, offs_n, 1, N), tl.sum(pos_i, 0), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["diag_offset"])
@@ -122,14 +106,16 @@ def teacher_kernel(
 @triton.jit(do_not_specialize=["diag_offset"])
 def grad_kernel(
     sims_ptr, teacher_ptr, scale_ptr, row_ids_ptr, col_ids_ptr, diag_ptr,
-    row_lse_ptr, col_lse_ptr, row_weight_ptr, col_weight_ptr, teacher_lse_ptr, row_part_ptr,
+    row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, row_weight_ptr, col_weight_ptr,
+    teacher_max_ptr, teacher_sum_ptr, row_part_ptr,
     M, N, stride, teacher_stride, diag_offset, rows_per_program, smoothing, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     begin, end, offs_n, mask_n = _walk(M, N, rows_per_program, BLOCK_N)
     scale = tl.load(scale_ptr)
-    if col_lse_ptr is not None:
-        col_lse = tl.load(col_lse_ptr + offs_n, mask=mask_n, other=0.0)
+    if col_max_ptr is not None:
+        col_max = tl.load(col_max_ptr + offs_n, mask=mask_n, other=0.0)
+        col_factor = 1.0 / tl.load(col_sum_ptr + offs_n, mask=mask_n, other=1.0)
         col_weight = tl.load(col_weight_ptr + offs_n, mask=mask_n, other=0.0)
     for start in range(begin, end, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
@@ -138,18 +124,23 @@ def grad_kernel(
         s = load_tile(sims_ptr, stride, offs_m, offs_n, mask)
         s = with_diagonal(s, diag_ptr, diag_offset, offs_m, offs_n, mask_m)
         positive = positives(row_ids_ptr, col_ids_ptr, diag_offset, offs_m, offs_n, mask_m, mask_n)
-        row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=0.0)
+        row_max = tl.load(row_max_ptr + offs_m, mask=mask_m, other=0.0)
+        row_factor = 1.0 / tl.load(row_sum_ptr + offs_m, mask=mask_m, other=1.0)
         weight = tl.load(row_weight_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
-        z = s * scale
-        g = tl.exp(z - row_lse[:, None]) - smoothing
-        if col_lse_ptr is not None:
-            g += tl.exp(z - col_lse[None, :])
+        # The select keeps the product rounded, as `stats_kernel` had it: inside a fused subtraction
+        # the largest p of a row would not be 1 / row_sum.
+        z = tl.where(mask, s * scale, 0.0)
+        g = tl.exp(z - row_max[:, None]) * row_factor[:, None] - smoothing
+        if col_max_ptr is not None:
+            g += tl.exp(z - col_max[None, :]) * col_factor[None, :]
             weight = weight + col_weight[None, :]
         g -= tl.where(positive, weight, 0.0)
         if teacher_ptr is not None:
             t = load_tile(teacher_ptr, teacher_stride, offs_m, offs_n, mask)
-            teacher_lse = tl.load(teacher_lse_ptr + offs_m, mask=mask_m, other=0.0)
-            g -= alpha * tl.exp(t * scale - teacher_lse[:, None])
+            teacher_max = tl.load(teacher_max_ptr + offs_m, mask=mask_m, other=0.0)
+            teacher_sum = tl.load(teacher_sum_ptr + offs_m, mask=mask_m, other=1.0)
+            p = tl.exp(tl.where(mask, t * scale, 0.0) - teacher_max[:, None])
+            g -= p * (alpha / teacher_sum)[:, None]
         row_dot = tl.sum(tl.where(mask, g * s, 0.0), 1)
         tl.store(_line(row_part_ptr, 0, offs_m, 0, M), row_dot, mask=mask_m)
         store_tile(sims_ptr, stride, offs_m, offs_n, mask, g)

@@ -12,6 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from vlpfast.kernels import _contrastive as shared
+from vlpfast.kernels import _contrastive_fused as fused
 from vlpfast.kernels import _contrastive_passes as passes
 from vlpfast.kernels._common import AotCase
 from vlpfast.kernels._contrastive import (
@@ -67,8 +69,7 @@ def contrastive_stats(
 ) -> None:
     """Running log-sum-exp of z = scale * sims over rows and, if given, columns, from one read.
 
-    row_max, row_sum (M,): sum_j exp(z_ij) = row_sum_i * exp(row_max_i). row_max is at least as
-    large as no logit can overflow the sum, not necessarily the maximum itself.
+    row_max, row_sum (M,): the largest z_ij, and sum_j exp(z_ij - row_max_i).
     row_pos (M,): sum of the raw similarities of the row's positives. col_* (N,) likewise.
     """
     (M, N), (rows, grid) = sims.shape, _grid(sims)
@@ -117,19 +118,23 @@ def contrastive_grad(
     col_ids: Tensor | None,
     diag: Tensor | None,
     diag_offset: int,
-    row_lse: Tensor,
-    col_lse: Tensor | None,
+    row_max: Tensor,
+    row_sum: Tensor,
+    col_max: Tensor | None,
+    col_sum: Tensor | None,
     row_weight: Tensor,
     col_weight: Tensor | None,
     smoothing: float,
-    teacher_lse: Tensor | None,
+    teacher_max: Tensor | None,
+    teacher_sum: Tensor | None,
     alpha: float,
     row_dot: Tensor,
 ) -> None:
     """Overwrites sims by g = dloss/dz, unnormalised; adds sum_j g_ij s_ij to row_dot (M,).
 
-    g_ij = exp(z_ij - row_lse_i) + exp(z_ij - col_lse_j) - positive_ij (row_weight_i + col_weight_j)
-           - smoothing - alpha exp(scale * teacher_sims_ij - teacher_lse_i)
+    g_ij = exp(z_ij - row_max_i) / row_sum_i + exp(z_ij - col_max_j) / col_sum_j - smoothing
+           - positive_ij (row_weight_i + col_weight_j)
+           - alpha exp(scale * teacher_sims_ij - teacher_max_i) / teacher_sum_i
     without the terms of what is None.
     """
     (M, N), (rows, grid) = sims.shape, _grid(sims)
@@ -137,7 +142,8 @@ def contrastive_grad(
     with torch.cuda.device_of(sims):
         passes.grad_kernel[grid](
             sims, teacher_sims, scale, row_ids, col_ids, diag,
-            row_lse, col_lse, row_weight, col_weight, teacher_lse, row_part,
+            row_max, row_sum, col_max, col_sum, row_weight, col_weight,
+            teacher_max, teacher_sum, row_part,
             M, N, sims.stride(0), _stride(teacher_sims), diag_offset, rows, smoothing, alpha,
             **_BLOCKS,
         )  # fmt: skip
@@ -256,66 +262,96 @@ def contrastive_hinge(
         add((col_count,), col_part)
 
 
-_IDS = ("row_ids_ptr", "col_ids_ptr")
 _FLOATS = ("smoothing", "alpha", "margin", "positive_target", "negative_target", "unit")
+_ALIGNED = ("N", "D", "stride", "teacher_stride", "stride_x", "stride_y", "rows_per_program",
+            "rows_per_group", "cols_per_group")  # fmt: skip
+
+
+def _types(kernel: triton.JITFunction, dtype: str) -> dict[str, str]:
+    """Types of a kernel's arguments, which follow from their names."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in ("sims_ptr", "teacher_ptr", "x_ptr", "y_ptr"):
+            types[name] = f"*{dtype}"
+        elif name.endswith("part_index_ptr"):
+            types[name] = "*i32"
+        elif name.endswith(("_ids_ptr", "index_ptr", "seed_ptr")):
+            types[name] = "*i64"
+        elif name.endswith("_ptr"):
+            types[name] = "*fp32"
+        else:
+            types[name] = "fp32" if name in _FLOATS else "i32"
+    return types
 
 
 def _aot_case(
-    name: str, kernel: triton.JITFunction, dtype: str, absent: tuple[str, ...] = (),
-    constants: dict | None = None, **limits: object,
+    name: str, kernel: triton.JITFunction, dtype: str, constants: dict, absent: str = "",
+    **limits: object,
 ) -> AotCase:  # fmt: skip
-    """A case whose argument types follow from their names; `absent` pointers are None."""
-    constants = constants or {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
-    constants = constants | dict.fromkeys(absent)
-    types = {}
-    for argument in kernel.arg_names:
-        if argument in ("sims_ptr", "teacher_ptr", "x_ptr", "y_ptr"):
-            types[argument] = f"*{dtype}"
-        elif argument.endswith("part_index_ptr"):
-            types[argument] = "*i32"
-        elif argument in (*_IDS, "seed_ptr") or argument.endswith("index_ptr"):
-            types[argument] = "*i64"
-        elif argument.endswith("_ptr"):
-            types[argument] = "*fp32"
-        else:
-            types[argument] = "fp32" if argument in _FLOATS else "i32"
+    """A case; pointers whose name has one of the words in `absent` are None."""
+    types = _types(kernel, dtype)
+    none = [n for n in types if n.endswith("_ptr") and any(w in n for w in absent.split())]
+    constants = constants | dict.fromkeys(none)
     types = {argument: kind for argument, kind in types.items() if argument not in constants}
-    return AotCase(
-        f"{name}-{dtype}", kernel, types, constants, divisible=("stride", "teacher_stride", "N"),
-        **({"num_warps": NUM_WARPS, "max_registers": 128, "max_shared_bytes": 16_384} | limits),
+    divisible = [argument for argument in _ALIGNED if argument in types]
+    return AotCase(f"{name}-{dtype}", kernel, types, constants, divisible, **limits)
+
+
+def _pass_case(
+    name: str, kernel: triton.JITFunction, dtype: str, absent: str = "", max_registers: int = 128,
+    **constants: object,
+) -> AotCase:  # fmt: skip
+    """A pass; with up to 128 registers two programs of 8 warps share a multiprocessor."""
+    return _aot_case(
+        f"contrastive_{name}", kernel, dtype,
+        constants | {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}, absent,
+        num_warps=NUM_WARPS, max_registers=max_registers, max_shared_bytes=16_384,
+        instructions={90: ("LDG.E.128",)},
     )  # fmt: skip
 
 
-_NO_TEACHER = ("teacher_ptr", "teacher_lse_ptr")
+def _fused_case(
+    name: str, dtype: str, absent: str = "", M: int = 1024, even: bool = True
+) -> AotCase:
+    """The fused statistics; D is a run-time argument, so a case is for all multiples of 64."""
+    blocks = fused.blocks_for(
+        torch.float32 if dtype == "fp32" else torch.bfloat16, M,
+        ids="_ids" not in absent, draws="seed" not in absent,
+    )  # fmt: skip
+    constants = {
+        "EVEN_D": even, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+        "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_D": blocks.d,
+    }  # fmt: skip
+    return _aot_case(
+        f"contrastive_fused{name}", fused.fused_stats_kernel, dtype, constants, absent,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        instructions={80: ("HMMA",), 90: ("HGMMA",)},
+    )  # fmt: skip
+
+
+_NO_DRAWS = "seed best index"
 AOT_CASES = [
-    case
-    for dtype in ("bf16", "fp32")
-    for case in (
-        _aot_case("contrastive_stats", passes.stats_kernel, dtype, _IDS),
-        _aot_case("contrastive_stats-ids", passes.stats_kernel, dtype),
-        _aot_case("contrastive_teacher", passes.teacher_kernel, dtype),
-        _aot_case("contrastive_grad", passes.grad_kernel, dtype, (*_IDS, *_NO_TEACHER)),
-        _aot_case(
-            "contrastive_grad-ids-teacher",
-            passes.grad_kernel,
-            dtype,
-            ("col_lse_ptr", "col_weight_ptr"),
-        ),
-        _aot_case(
-            "contrastive_sigmoid",
-            passes.sigmoid_kernel,
-            dtype,
-            (*_IDS, "teacher_ptr", "col_part_ptr"),
-            {"WRITE_GRAD": True, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N},
-        ),
-        _aot_case(
-            "contrastive_sigmoid-full",
-            passes.sigmoid_kernel,
-            dtype,
-            (),
-            {"WRITE_GRAD": True, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N},
-        ),
-        _aot_case("contrastive_negatives", passes.negatives_kernel, dtype),
-        _aot_case("contrastive_hinge", passes.hinge_kernel, dtype),
-    )
-]
+    _pass_case("stats", passes.stats_kernel, "bf16", "_ids"),
+    _pass_case("grad", passes.grad_kernel, "bf16", "_ids teacher"),
+    _pass_case("sigmoid", passes.sigmoid_kernel, "bf16", "_ids teacher", WRITE_GRAD=True),
+    _fused_case("-few-rows", "bf16", f"col_part tile {_NO_DRAWS}", M=64),
+    _fused_case("-odd-D", "bf16", f"_ids {_NO_DRAWS}", even=False),
+    _aot_case(
+        "contrastive_merge_lse", shared.merge_lse_kernel, "fp32",
+        {"RESCALES": True, **shared.MERGE_BLOCKS},
+    ),
+    _aot_case("contrastive_merge_best", shared.merge_best_kernel, "fp32", shared.MERGE_BLOCKS),
+    _aot_case("contrastive_add", shared.add_kernel, "fp32", shared.MERGE_BLOCKS),
+]  # fmt: skip
+for _dtype in ("bf16", "fp32"):
+    AOT_CASES += [
+        _pass_case("stats-ids", passes.stats_kernel, _dtype, max_registers=144),
+        _pass_case("teacher", passes.teacher_kernel, _dtype),
+        _pass_case("grad-ids-teacher", passes.grad_kernel, _dtype, "col_max col_sum col_weight"),
+        _pass_case("sigmoid-full", passes.sigmoid_kernel, _dtype, "", 224, WRITE_GRAD=True),
+        _pass_case("negatives", passes.negatives_kernel, _dtype, "", 224),
+        _pass_case("hinge", passes.hinge_kernel, _dtype),
+        _fused_case("", _dtype, f"_ids {_NO_DRAWS}"),
+        _fused_case("-ids", _dtype, _NO_DRAWS),
+        _fused_case("-ids-draws", _dtype),
+    ]

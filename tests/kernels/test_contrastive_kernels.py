@@ -75,10 +75,12 @@ def run_stats(tile: Tile, with_cols: bool = True, diag: bool = True) -> list[Ten
     return rows + cols
 
 
-def check_stats(tile: Tile, state: list[Tensor]) -> None:
+def check_stats(tile: Tile, state: list[Tensor], exact_max: bool = True) -> None:
     kept = torch.where(tile.positive, tile.s, 0)
     for dim, (top, total, pos) in ((1, state[:3]), (0, state[3:])):
         if top is not None:
+            if exact_max:
+                close(top, tile.z.amax(dim))
             close(top.double() + total.double().log(), tile.z.logsumexp(dim))
             close(pos, kept.sum(dim))
 
@@ -96,7 +98,6 @@ def test_stats(impl, device, shape, dtype, ids):
 @on_routes
 @pytest.mark.parametrize("scale", [-30.0, 0.0, 1e4])
 def test_stats_of_any_range(impl, device, scale):
-    """At 1e4 most columns are out of reach of the rows' maxima and are summed on their own."""
     tile = Tile((17, 257), device, scale=scale)
     check_stats(tile, run_stats(tile))
 
@@ -161,26 +162,29 @@ def low_precision(dtype: torch.dtype) -> dict[str, float]:
 def test_grad(impl, device, shape, dtype, sides):
     tile = Tile(shape, device, dtype, ids=sides != "both", offset=1)
     M, N = shape
-    row_lse, teacher_lse = tile.z.logsumexp(1), tile.z_teacher.logsumexp(1)
-    col_lse = tile.z.logsumexp(0)
+    softmax = lambda z, dim: (
+        z.max(dim).values.float(),
+        (z - z.amax(dim, True)).exp().sum(dim).float(),
+    )
+    rows, cols, teacher = softmax(tile.z, 1), softmax(tile.z, 0), softmax(tile.z_teacher, 1)
     row_weight = torch.rand(M, device=device)
     col_weight = torch.rand(N, device=device)
-    g = (tile.z - row_lse[:, None]).exp() - 1e-3
+    g = tile.z.softmax(1) - 1e-3
     weight = row_weight[:, None].double()
-    options = [None] * 3
     if sides == "both":
-        g = g + (tile.z - col_lse).exp()
+        g = g + tile.z.softmax(0)
         weight = weight + col_weight
-        options[:2] = col_lse.float(), col_weight
+    else:
+        cols, col_weight = (None, None), None
     if sides == "teacher":
-        g = g - 0.4 * (tile.z_teacher - teacher_lse[:, None]).exp()
-        options[2] = teacher_lse.float()
+        g = g - 0.4 * tile.z_teacher.softmax(1)
+    else:
+        teacher = (None, None)
     g = g - torch.where(tile.positive, weight, 0)
     row_dot = torch.ones(M, device=device)
     contrastive.contrastive_grad(
         tile.sims, tile.teacher if sides == "teacher" else None, tile.scale, *tile.ids, tile.diag,
-        tile.offset, row_lse.float(), options[0], row_weight, options[1], 1e-3, options[2], 0.4,
-        row_dot,
+        tile.offset, *rows, *cols, row_weight, col_weight, 1e-3, *teacher, 0.4, row_dot,
     )  # fmt: skip
     close(tile.sims, g, **low_precision(dtype))
     close(row_dot, 1 + (g * tile.s).sum(1), atol=1e-4)
@@ -387,15 +391,16 @@ def run_fused(tile, x, y, with_cols=True, **draws) -> list[Tensor]:
 @pytest.mark.parametrize("ids", [False, True], ids=["diagonal", "ids"])
 def test_fused_stats(impl, device, small_blocks, shape, ids):
     problem = fused_problem(shape, device, ids=ids, offset=-shape[1] // 3)
-    check_stats(problem[0], run_fused(*problem))
-    check_stats(problem[0], run_fused(*problem, with_cols=False))
+    check_stats(problem[0], run_fused(*problem), exact_max=False)
+    check_stats(problem[0], run_fused(*problem, with_cols=False), exact_max=False)
 
 
 @on_routes
 @pytest.mark.parametrize("scale", [-30.0, 1e4])
 def test_fused_stats_of_any_range(impl, device, small_blocks, scale):
+    """At 1e4 one exponential no longer serves rows and columns."""
     problem = fused_problem((33, 47, 16), device, scale=scale)
-    check_stats(problem[0], run_fused(*problem))
+    check_stats(problem[0], run_fused(*problem), exact_max=False)
 
 
 @on_routes
