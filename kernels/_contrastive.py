@@ -18,9 +18,10 @@ MASKED = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-24)
 NO_INDEX = tl.constexpr(0x7FFFFFFF)
 
-# A pass reads tiles of 16 x 256: a warp loads 16 bytes a lane of one bf16 row.
-BLOCK_M, BLOCK_N, NUM_WARPS = 16, 256, 8
-# A program walks down up to 16 tiles of its columns, fewer where that would leave the GPU idle.
+# A pass reads tiles of 8 x 256: a warp loads 16 bytes a lane of one bf16 row. Twice the rows would
+# leave room for one program on a multiprocessor where columns are summed too (160 registers).
+BLOCK_M, BLOCK_N, NUM_WARPS = 8, 256, 8
+# A program walks down up to 32 tiles of its columns, fewer where that would leave the GPU idle.
 _MOST_ROWS, _MANY_PROGRAMS = 256, 512
 # How many partial results of how many rows or columns a program merges at once.
 MERGE_BLOCKS = {"BLOCK_P": 64, "BLOCK_X": 32}
@@ -100,10 +101,10 @@ def merge_lse_kernel(
     for start in range(0, P, BLOCK_P):
         mask = (start + offs_p < P)[:, None] & mask_x[None, :]
         offsets = (start + offs_p)[:, None].to(tl.int64) * X + offs_x[None, :]
-        part_max = tl.load(part_ptr + offsets, mask=mask, other=0.0) * unit
+        part_max = tl.load(part_ptr + offsets, mask=mask, other=float("-inf")) * unit
         part_sum = tl.load(part_ptr + plane + offsets, mask=mask, other=0.0)
         part_extra = tl.load(part_ptr + 2 * plane + offsets, mask=mask, other=0.0)
-        factor_p = tl.where(mask, tl.exp(part_max - new_max[None, :]), 0.0)
+        factor_p = tl.exp(part_max - new_max[None, :])
         total += tl.sum(part_sum * factor_p, 0)
         extra += tl.sum(part_extra * factor_p if RESCALES else part_extra, 0)
     tl.store(max_ptr + offs_x, new_max, mask=mask_x)

@@ -345,11 +345,11 @@ AOT_CASES = [
 ]  # fmt: skip
 for _dtype in ("bf16", "fp32"):
     AOT_CASES += [
-        _pass_case("stats-ids", passes.stats_kernel, _dtype, max_registers=144),
+        _pass_case("stats-ids", passes.stats_kernel, _dtype),
         _pass_case("teacher", passes.teacher_kernel, _dtype),
         _pass_case("grad-ids-teacher", passes.grad_kernel, _dtype, "col_max col_sum col_weight"),
-        _pass_case("sigmoid-full", passes.sigmoid_kernel, _dtype, "", 224, WRITE_GRAD=True),
-        _pass_case("negatives", passes.negatives_kernel, _dtype, "", 224),
+        _pass_case("sigmoid-full", passes.sigmoid_kernel, _dtype, WRITE_GRAD=True),
+        _pass_case("negatives", passes.negatives_kernel, _dtype, max_registers=192),
         _pass_case("hinge", passes.hinge_kernel, _dtype),
         _fused_case("", _dtype, f"_ids {_NO_DRAWS}"),
         _fused_case("-ids", _dtype, _NO_DRAWS),
