@@ -47,8 +47,11 @@ class PatchEmbed(Shape):
 
 @dataclass(frozen=True)
 class Contrastive(Shape):
-    """Image and text (B, D); each side sees `num_keys` further keys from a queue."""
+    """Image and text (B, D), with `kind` "softmax" or "sigmoid"; "albef" is softmax with a teacher,
+    ids, hard negatives and `num_keys` further keys from a queue on each side.
+    """
 
+    kind: str
     batch: int
     dim: int
     num_keys: int
@@ -126,14 +129,26 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = MappingProxyType(
             PatchEmbed("flip-l14-b1024-keep64", True, 1024, 224, 14, 64, 1024),
             PatchEmbed("albef-b16-384-b32", False, 32, 384, 16, 576, 768),
         ),
-        # CLIP B/16 (D 512) and L/14 (D 768) at local and published global batches; ALBEF's queue of
-        # 65,536 keys.
+        # CLIP B/16 (D 512) and L/14 (D 768) at local and published global batches, SigLIP at the
+        # same; the queues of ALBEF (65,536 keys) and BLIP (57,600).
         "contrastive": _named(
-            Contrastive("clip-b16-b4096", False, 4096, 512, 0),
-            Contrastive("clip-b16-b512", False, 512, 512, 0),
-            Contrastive("clip-l14-b32768", True, 32768, 768, 0),
-            Contrastive("siglip-b16-b16384", True, 16384, 768, 0),
-            Contrastive("albef-b64-queue65536", False, 64, 256, 65536),
+            Contrastive("clip-b16-b4096", False, "softmax", 4096, 512, 0),
+            Contrastive("siglip-b16-b4096", False, "sigmoid", 4096, 512, 0),
+            Contrastive("albef-b64-queue65536", False, "albef", 64, 256, 65536),
+            Contrastive("clip-b16-b512", False, "softmax", 512, 512, 0),
+            Contrastive("clip-b16-b1024", True, "softmax", 1024, 512, 0),
+            Contrastive("clip-b16-b8192", True, "softmax", 8192, 512, 0),
+            Contrastive("clip-b16-b16384", True, "softmax", 16384, 512, 0),
+            Contrastive("clip-b16-b32768", True, "softmax", 32768, 512, 0),
+            Contrastive("clip-l14-b32768", True, "softmax", 32768, 768, 0),
+            Contrastive("clip-l14-b65536", True, "softmax", 65536, 768, 0),
+            Contrastive("clip-l14-b131072", True, "softmax", 131072, 768, 0),
+            Contrastive("siglip-b16-b16384", True, "sigmoid", 16384, 768, 0),
+            Contrastive("siglip-b16-b32768", True, "sigmoid", 32768, 768, 0),
+            Contrastive("siglip-b16-b65536", True, "sigmoid", 65536, 768, 0),
+            Contrastive("siglip-b16-b131072", True, "sigmoid", 131072, 768, 0),
+            Contrastive("albef-b512-queue65536", True, "albef", 512, 256, 65536),
+            Contrastive("blip-b64-queue57600", True, "albef", 64, 256, 57600),
         ),
         # BERT's vocabulary under 15 % masking; CoCa's captions of 76 tokens over 64,000 words.
         "linear_cross_entropy": _named(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.dist._run import run_distributed
+from vlpfast.ops import _contrastive_dist
 from vlpfast.ops._collectives import gather_counts, gather_rows
 from vlpfast.ops.contrastive import contrastive_loss
 
@@ -23,9 +24,19 @@ CASES = {
 }
 
 
-def features(name: str, rows: int) -> Tensor:
+# Dtype of towers and features, and how candidates travel: the reference, the C++ passes with an
+# all-gather, and with a ring.
+WAYS = {
+    "reference": (torch.float64, None),
+    "gather": (torch.float32, 1 << 40),
+    "ring": (torch.float32, 0),
+}
+
+
+def features(name: str, rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    return F.normalize(torch.randn(rows, 4, generator=generator, dtype=torch.float64), dim=1)
+    x = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
+    return F.normalize(x, dim=1).to(dtype)
 
 
 def make_options(case: dict, rows: slice, G: int) -> dict:
@@ -42,15 +53,21 @@ def make_options(case: dict, rows: slice, G: int) -> dict:
     return options
 
 
-def step(case: dict, rows: slice, G: int, group: dist.ProcessGroup | None) -> dict:
+def step(
+    case: dict,
+    rows: slice,
+    G: int,
+    group: dist.ProcessGroup | None,
+    dtype: torch.dtype = torch.float64,
+) -> dict:
     """Loss, statistics and parameter gradients of two linear towers, scale and bias."""
     params = {
-        "image": features("image tower", 6).requires_grad_(),
-        "text": features("text tower", 6).requires_grad_(),
-        "scale": torch.tensor(5.0, dtype=torch.float64, requires_grad=True),
-        "bias": torch.tensor(-1.0, dtype=torch.float64, requires_grad=True),
+        "image": features("image tower", 6, dtype).requires_grad_(),
+        "text": features("text tower", 6, dtype).requires_grad_(),
+        "scale": torch.tensor(5.0, dtype=dtype, requires_grad=True),
+        "bias": torch.tensor(-1.0, dtype=dtype, requires_grad=True),
     }
-    samples = torch.sin(torch.arange(G * 6, dtype=torch.float64)).reshape(G, 6)
+    samples = torch.sin(torch.arange(G * 6, dtype=torch.float64)).reshape(G, 6).to(dtype)
     image = F.normalize(samples[rows] @ params["image"], dim=1)
     text = F.normalize(samples[rows].cos() @ params["text"], dim=1)
     output = contrastive_loss(
@@ -59,7 +76,7 @@ def step(case: dict, rows: slice, G: int, group: dist.ProcessGroup | None) -> di
     )  # fmt: skip
     output.loss.backward()
     return {
-        "grads": {name: param.grad for name, param in params.items()},
+        "grads": {name: param.grad.double() for name, param in params.items()},
         "output": [None if x is None else x.detach() for x in output],
     }
 
@@ -69,7 +86,11 @@ def worker(rank: int, splits: list[tuple[int, ...]]) -> list[dict]:
     results = []
     for counts in splits:
         rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        steps = {name: step(case, rows, sum(counts), group) for name, case in CASES.items()}
+        steps = {}
+        for way, (dtype, gather_bytes) in WAYS.items():
+            _contrastive_dist._GATHER_BYTES = gather_bytes
+            for name, case in CASES.items():
+                steps[name, way] = step(case, rows, sum(counts), group, dtype)
         for result in steps.values():
             # What DDP does: the mean over ranks.
             for grad in result["grads"].values():
@@ -96,25 +117,40 @@ def runs(request: pytest.FixtureRequest) -> list[tuple[tuple[int, ...], list[dic
     return list(zip(splits, zip(*ranks, strict=True), strict=True))
 
 
-def assert_equals_one_process(counts: tuple[int, ...], ranks: list[dict], name: str) -> None:
+def assert_equals_one_process(
+    counts: tuple[int, ...], ranks: list[dict], name: str, way: str
+) -> None:
     G, W = sum(counts), len(counts)
     single = step(CASES[name], slice(0, G), G, None)
+    exact = {"rtol": 1e-11, "atol": 1e-14} if way == "reference" else {"rtol": 1e-5, "atol": 2e-6}
+    results = [rank[name, way] for rank in ranks]
     for i, expected in enumerate(single["output"][:3]):
-        mean = sum(rank[name]["output"][i] for rank in ranks) / W
-        torch.testing.assert_close(mean, expected, rtol=1e-12, atol=1e-14)
+        mean = sum(result["output"][i].double() for result in results) / W
+        torch.testing.assert_close(mean, expected, **exact)
     for i, expected in enumerate(single["output"][3:5], start=3):
         if expected is not None:
-            lse = torch.cat([rank[name]["output"][i] for rank in ranks])
-            torch.testing.assert_close(lse, expected, rtol=1e-12, atol=1e-14)
-    for rank in ranks:
-        torch.testing.assert_close(rank[name]["grads"], single["grads"], rtol=1e-11, atol=1e-14)
+            lse = torch.cat([result["output"][i].double() for result in results])
+            torch.testing.assert_close(lse, expected, **exact)
+    for result in results:
+        torch.testing.assert_close(result["grads"], single["grads"], **exact)
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("split", [0, 1], ids=["even", "uneven"])
-def test_equals_one_process(runs, split: int, name: str) -> None:
-    assert_equals_one_process(*runs[split], name)
+def test_equals_one_process(runs, split: int, name: str, way: str) -> None:
+    assert_equals_one_process(*runs[split], name, way)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("way", ["gather", "ring"])
+@pytest.mark.parametrize("split", [0, 1], ids=["even", "uneven"])
+def test_draws_do_not_depend_on_the_way(runs, split: int, way: str) -> None:
+    for rank in runs[split][1]:
+        for name in CASES:
+            expected = rank[name, "reference"]["output"][5:]
+            assert all(map(torch.equal, rank[name, way]["output"][5:], expected))
 
 
 @pytest.mark.dist
@@ -123,7 +159,7 @@ def test_negatives_are_local_rows(runs) -> None:
     for rank, count in enumerate(counts):
         rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         ids = make_options(CASES["albef"], rows, sum(counts))["ids"]
-        for drawn in ranks[rank]["albef"]["output"][5:]:
+        for drawn in ranks[rank]["albef", "ring"]["output"][5:]:
             assert drawn.shape == (count, 2)
             for i, row in enumerate(drawn.tolist()):
                 valid = {j for j in range(count) if ids[j] != ids[i]}
@@ -141,6 +177,22 @@ def test_gather_rows(runs) -> None:
         assert counts == list(range(1, W + 1))
         assert gathered[:, 1].tolist() == [float(r) for r in range(W) for _ in range(r + 1)]
         assert torch.equal(grad, torch.full((rank + 1, 2), float(sum(range(10, 10 + W)))))
+
+
+def mismatched_worker(rank: int, impl: str) -> str:
+    features = torch.ones(2, 4 + rank)
+    try:
+        contrastive_loss(features, features, 8.0, group=dist.group.WORLD, impl=impl)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
+def test_ranks_differ_in_dimension(impl: str) -> None:
+    message = "image must have one D on every rank, got shapes [(2, 4), (2, 5)]"
+    assert run_distributed(mismatched_worker, 2, impl) == [message] * 2
 
 
 def failing_worker(rank: int) -> None:

@@ -1,10 +1,10 @@
-"""Rows of every rank, with gradient and with uneven counts. What the ops say about ranks is built
-on these two functions; nothing else in vlpfast/ops communicates.
+"""Rows of every rank, with uneven counts. What the ops say about ranks is built on these functions
+and on vlpfast/ops/_contrastive_dist.py; nothing else in vlpfast/ops communicates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,17 @@ from torch.autograd.function import once_differentiable
 
 def gather_counts(count: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
     """`count` of every rank, in rank order. The host waits for the answer."""
-    mine = torch.tensor([count], dtype=torch.int64, device=device)
-    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
-    dist.all_gather(list(counts.split(1)), mine, group=group)
-    return counts.tolist()
+    return [counts for (counts,) in gather_sizes((count,), group, device)]
+
+
+def gather_sizes(
+    sizes: Sequence[int], group: dist.ProcessGroup, device: torch.device
+) -> list[list[int]]:
+    """`sizes` (as many on every rank) of every rank, in rank order. The host waits."""
+    mine = torch.tensor([sizes], dtype=torch.int64, device=device)
+    every = torch.zeros(dist.get_world_size(group), len(sizes), dtype=torch.int64, device=device)
+    dist.all_gather(list(every.split(1)), mine, group=group)
+    return every.tolist()
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -37,8 +44,28 @@ def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -
     return _GatherRows.apply(rows, tuple(counts), group)
 
 
-def _pad_rows(rows: Tensor, count: int) -> Tensor:
-    """Zero rows appended up to `count`: gloo gathers equal shapes only."""
+def start_gather(
+    rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup
+) -> Callable[[], Tensor]:
+    """Starts `gather_rows` without gradient; call the result to wait for it."""
+    most = max(counts)
+    mine = pad_rows(rows.detach(), most)
+    gathered = torch.empty((len(counts), *mine.shape), dtype=mine.dtype, device=mine.device)
+    work = dist.all_gather(list(gathered.unbind(0)), mine, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        if all(count == most for count in counts):
+            return gathered.flatten(0, 1)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+    return finish
+
+
+def pad_rows(rows: Tensor, count: int) -> Tensor:
+    """Zero rows appended up to `count`, contiguous: gloo gathers equal shapes only."""
+    if rows.shape[0] == count:
+        return rows.contiguous()
     padded = rows.new_zeros(count, *rows.shape[1:])
     padded[: rows.shape[0]] = rows
     return padded
@@ -48,15 +75,12 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, counts: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
         ctx.counts, ctx.group = counts, group
-        mine = _pad_rows(rows, max(counts))
-        gathered = [torch.empty_like(mine) for _ in counts]
-        dist.all_gather(gathered, mine, group=group)
-        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+        return start_gather(rows, counts, group)()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        parts = [_pad_rows(part, max(ctx.counts)) for part in grad.split(ctx.counts)]
+        parts = [pad_rows(part, max(ctx.counts)) for part in grad.split(ctx.counts)]
         mine = torch.empty_like(parts[0])
         dist.reduce_scatter(mine, parts, group=ctx.group)
         return mine[: ctx.counts[dist.get_rank(ctx.group)]], None, None

@@ -4,18 +4,19 @@ momentum targets, several positives, hard negatives and ranks; hinge losses (VSE
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlpfast.ops._collectives import gather_counts, gather_rows
-from vlpfast.ops._dispatch import reference_only
+from vlpfast import _ext
+from vlpfast.ops import _contrastive_autograd as chunked
+from vlpfast.ops import _contrastive_passes as back_ends
+from vlpfast.ops._collectives import gather_rows, gather_sizes
+from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops.reference import contrastive as reference
-
-_OP = reference_only("contrastive", reference.contrastive)
-_HINGE = reference_only("hinge", reference.hinge)
 
 
 class ContrastiveOutput(NamedTuple):
@@ -78,11 +79,18 @@ def contrastive_loss(
     the concatenated batch, and the mean over ranks of its gradient (what DDP takes) is that
     batch's gradient, for towers, scale and bias.
 
+    No B x C matrix is kept, forward or backward, but by "reference": see docs/ops.md. Gradients are
+    made in the forward, for the inputs that need them; so is all communication with the group, and
+    the upstream gradient must be the same on every rank. Features in bf16 (both towers) are
+    multiplied in bf16, similarities rounded as in eager bf16 code but for each pair's own; all
+    else is fp32. Keys and teacher are cast to the features' dtype.
+
     Hard negatives are drawn without replacement from softmax(z_i) over the pairs of this rank
     whose id differs, by Gumbel-max: no host sync, and -1 where none is left.
 
     Args:
-        image (B, D): L2-normalised image embeddings, fp32/bf16/fp16/fp64.
+        image (B, D): L2-normalised image embeddings, fp32/bf16/fp16/fp64 ("cpp": fp32, bf16;
+            "triton": fp32, bf16, fp16). Other lengths are taken as they are.
         text (B, D): L2-normalised text embeddings.
         logit_scale: what similarities are multiplied by: a number or a tensor of one element.
         logit_bias: what is added to them, or None.
@@ -97,11 +105,16 @@ def contrastive_loss(
         alpha: weight of the teacher's targets in [0, 1].
         hard_negatives: k, negatives to draw for each row.
         seed: seed of that draw, needed if k > 0; use another one each step.
-        group: ranks that share candidates; None: this process alone.
-        impl: "auto" or "reference".
+        group: ranks that share candidates, all of which make this call; None: this process alone.
+        impl: "auto", "reference", "cpp" or "triton".
 
     Returns:
         ContrastiveOutput. An empty batch has loss 0.
+
+    Raises:
+        ValueError: a shape, option or, with a group, a rank's D does not fit.
+        TypeError: a dtype does not fit.
+        NotImplementedError: the named implementation cannot run here.
 
     Source: Radford et al. 2021 (CLIP), fig. 3, arXiv:2103.00020; Zhai et al. 2023 (SigLIP),
         alg. 1, arXiv:2303.15343; Li et al. 2021 (ALBEF), eq. 1-2 and 6, arXiv:2107.07651, with
@@ -113,46 +126,28 @@ def contrastive_loss(
     _check_ids(ids, image)
     _check_keys(image_keys, text_keys, key_ids, ids, image)
     _check_teacher(teacher, alpha, image)
-    run = _OP.choose(impl, image.device, dtype=image.dtype, kind=kind, shape=image.shape)
-
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    dtype = _product_dtype(image, text)
+    run = _OP.choose(impl, image.device, dtype=dtype)
     with torch.autocast(image.device.type, enabled=False):
-        image, text = image.to(dtype), text.to(dtype)
-        if teacher is not None:
-            teacher = (teacher[0].detach().to(dtype), teacher[1].detach().to(dtype))
-        image_batch, text_batch = (image, text) if teacher is None else teacher
-        counts, first_row, batch_ids = [image.shape[0]], 0, ids
-        if group is not None:
-            counts = gather_counts(image.shape[0], group, image.device)
-            first_row = sum(counts[: dist.get_rank(group)])
-            both = gather_rows(torch.stack([image_batch, text_batch], dim=1), counts, group)
-            image_batch, text_batch = both.unbind(1)
-            batch_ids = None if ids is None else gather_rows(ids, counts, group)
-        if batch_ids is None:
-            batch_ids = torch.arange(sum(counts), device=image.device)
-        rows = run(
+        outputs = run(
             image,
             text,
-            image_batch,
-            text_batch,
             _scalar(logit_scale, "logit_scale", image),
             None if logit_bias is None else _scalar(logit_bias, "logit_bias", image),
+            dtype=dtype,
             kind=kind,
-            batch_ids=batch_ids,
-            first_row=first_row,
+            ids=ids,
             label_smoothing=label_smoothing,
-            image_keys=None if image_keys is None else image_keys.detach().to(dtype),
-            text_keys=None if text_keys is None else text_keys.detach().to(dtype),
+            image_keys=image_keys,
+            text_keys=text_keys,
             key_ids=key_ids,
             teacher=teacher,
             alpha=alpha,
             hard_negatives=hard_negatives,
-            seed=0 if seed is None else seed,
+            seed=seed,
+            group=group,
         )
-        share = len(counts) / max(1, sum(counts))
-        image_to_text, text_to_image = rows.image_loss.sum() * share, rows.text_loss.sum() * share
-        loss = (image_to_text + text_to_image) / 2
-    return ContrastiveOutput(loss, image_to_text.detach(), text_to_image.detach(), *rows[2:])
+    return ContrastiveOutput(*outputs)
 
 
 def hinge_loss(
@@ -171,14 +166,15 @@ def hinge_loss(
         else (VSE0):      sum_i sum_j h(margin + s_ij - s_ii) + sum_j sum_i h(margin + s_ij - s_jj)
 
     A row without a negative costs 0. Where several negatives tie, one of them has the gradient.
+    No B x B matrix is kept but by "reference"; bf16 as in `contrastive_loss`.
 
     Args:
-        image (B, D): L2-normalised image embeddings, fp32/bf16/fp16/fp64.
+        image (B, D): L2-normalised image embeddings, fp32/bf16/fp16/fp64 ("cpp": fp32, bf16).
         text (B, D): L2-normalised text embeddings.
         margin: in units of cosine similarity.
         hardest: the hardest negative of each row (VSE++) or all of them (VSE0).
         ids (B,): integers; pairs with equal ids are no negatives of each other. None: all differ.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "cpp" or "triton".
 
     Returns:
         scalar, fp32 (fp64 for fp64 inputs).
@@ -187,21 +183,118 @@ def hinge_loss(
     """
     _check_pair(image, text)
     _check_ids(ids, image)
-    run = _HINGE.choose(impl, image.device, dtype=image.dtype)
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    dtype = _product_dtype(image, text)
+    run = _HINGE.choose(impl, image.device, dtype=dtype)
+    with torch.autocast(image.device.type, enabled=False):
+        return run(image, text, ids, margin=margin, hardest=hardest, dtype=dtype)
+
+
+def _reference_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    ids: Tensor | None,
+    image_keys: Tensor | None,
+    text_keys: Tensor | None,
+    teacher: tuple[Tensor, Tensor] | None,
+    seed: int | Tensor | None,
+    group: dist.ProcessGroup | None,
+    **options: object,
+) -> tuple[Tensor | None, ...]:
+    """The whole matrix at once, in fp32 at least, with the candidates of all ranks."""
+    dtype = scale.dtype
+    image, text = image.to(dtype), text.to(dtype)
+    constant = lambda x: None if x is None else x.detach().to(dtype)
+    if teacher is not None:
+        teacher = (constant(teacher[0]), constant(teacher[1]))
+    image_batch, text_batch = (image, text) if teacher is None else teacher
+    counts, first_row, batch_ids = [image.shape[0]], 0, ids
+    if group is not None:
+        sizes = gather_sizes(image.shape, group, image.device)
+        chunked.check_same_dim(sizes)
+        counts = [count for count, _ in sizes]
+        first_row = sum(counts[: dist.get_rank(group)])
+        both = gather_rows(torch.stack([image_batch, text_batch], dim=1), counts, group)
+        image_batch, text_batch = both.unbind(1)
+        batch_ids = None if ids is None else gather_rows(ids, counts, group)
+    if batch_ids is None:
+        batch_ids = torch.arange(sum(counts), device=image.device)
+    rows = reference.contrastive(
+        image,
+        text,
+        image_batch,
+        text_batch,
+        scale,
+        bias,
+        batch_ids=batch_ids,
+        first_row=first_row,
+        image_keys=constant(image_keys),
+        text_keys=constant(text_keys),
+        teacher=teacher,
+        seed=0 if seed is None else seed,
+        **options,
+    )
+    share = len(counts) / max(1, sum(counts))
+    image_to_text, text_to_image = rows.image_loss.sum() * share, rows.text_loss.sum() * share
+    loss = (image_to_text + text_to_image) / 2
+    return (loss, image_to_text.detach(), text_to_image.detach(), *rows[2:])
+
+
+def _reference_hinge(
+    image: Tensor,
+    text: Tensor,
+    ids: Tensor | None,
+    *,
+    margin: float,
+    hardest: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if ids is None:
         ids = torch.arange(image.shape[0], device=image.device)
-    with torch.autocast(image.device.type, enabled=False):
-        return run(image.to(dtype), text.to(dtype), ids, margin=margin, hardest=hardest)
+    return reference.hinge(image.to(dtype), text.to(dtype), ids, margin=margin, hardest=hardest)
 
 
-def _scalar(value: Tensor | float, name: str, like: Tensor) -> Tensor:
-    """`value` as a 0-d tensor of `like`'s dtype, with its gradient."""
+def _op(name: str, reference_run, chunked_run) -> Op:
+    return Op(
+        name,
+        {
+            "reference": Implementation(reference_run),
+            "cpp": Implementation(
+                partial(chunked_run, passes="cpp"), _ext.cpp_missing, back_ends.cpp_rejects
+            ),
+            "triton": Implementation(
+                partial(chunked_run, passes="triton"),
+                back_ends.triton_missing,
+                back_ends.triton_rejects,
+            ),
+        },
+        auto={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    )
+
+
+_OP = _op("contrastive", _reference_loss, chunked.contrastive_loss)
+_HINGE = _op("hinge", _reference_hinge, chunked.hinge_loss)
+
+
+def _product_dtype(image: Tensor, text: Tensor) -> torch.dtype:
+    """What features are multiplied in: their own dtype if they agree, else fp32; fp64 by image."""
+    if image.dtype == torch.float64 or image.dtype == text.dtype:
+        return image.dtype
+    return torch.float32
+
+
+def _scalar(value: Tensor | float, name: str, image: Tensor) -> Tensor:
+    """`value` as a 0-d tensor in fp32, or fp64 for fp64 features, with its gradient."""
+    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
-        return torch.tensor(value, dtype=like.dtype, device=like.device)
+        return torch.full((), value, dtype=dtype, device=image.device)
     if value.numel() != 1:
         raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
-    return value.reshape(()).to(dtype=like.dtype, device=like.device)
+    return value.reshape(()).to(dtype=dtype, device=image.device)
 
 
 def _check_options(

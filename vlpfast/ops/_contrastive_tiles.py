@@ -1,0 +1,139 @@
+"""Tiles of similarities that the chunked contrastive losses look at: a chunk of one modality's rows
+against a block of its candidates, made by one matrix product.
+
+Letters: C candidates of a direction, M rows and N columns of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlpfast.ops._contrastive_dist import Block, Candidates
+from vlpfast.ops._contrastive_products import empty, row_dots
+
+# Tiles of up to this size, by device, stay in the last-level cache from the product to the pass.
+_TILE_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
+# Fewer rows make the matrix products slow, more are no faster.
+_MIN_TILE_ROWS, _MAX_TILE_ROWS = 256, 1024
+
+
+class Tile(NamedTuple):
+    """Similarities (M, N) of `rows` with `block`, and which pairs are positives of each other.
+
+    Attributes:
+        sims, teacher_sims (M, N): raw similarities; the teacher's may be None.
+        pairs: row_ids, col_ids, diag, diag_offset as the passes take them.
+        is_batch: the candidates are of the batch, not keys.
+        is_own: the candidates are this rank's own pairs.
+    """
+
+    sims: Tensor
+    teacher_sims: Tensor | None
+    rows: slice
+    block: Block
+    pairs: tuple[Tensor | None, Tensor | None, Tensor | None, int]
+    is_batch: bool
+    is_own: bool
+
+    @property
+    def columns(self) -> slice:
+        """The block's place among the candidates of all ranks."""
+        return slice(self.block.first, self.block.first + self.block.features.shape[0])
+
+
+@dataclass
+class Sweep:
+    """The rows of one modality against their candidates.
+
+    Attributes:
+        query (B, D): features; teacher (B, D): the teacher's, or None.
+        batch: where in-batch candidates come from, or None if this sweep has only keys.
+        keys (K, D): further candidates, or None.
+        ids (B,), batch_ids (G,), key_ids (K,): or None.
+        first_row: place of row 0 in the batch of all ranks.
+        keep: a block's similarities are one tile, kept until it is asked for a second time.
+    """
+
+    query: Tensor
+    teacher: Tensor | None
+    batch: Candidates | None
+    keys: Tensor | None
+    ids: Tensor | None
+    batch_ids: Tensor | None
+    key_ids: Tensor | None
+    first_row: int
+    keep: bool = False
+    _kept: dict[tuple[bool, int], list[Tensor]] = field(default_factory=dict)
+    _diag: Tensor | None = None
+
+    def row_bytes(self, num_batch: int) -> int:
+        """Bytes of one row's similarities, `num_batch` of them in the batch."""
+        num_batch = 0 if self.batch is None else num_batch
+        num_keys = 0 if self.keys is None else self.keys.shape[0]
+        copies = 1 if self.teacher is None else 2
+        return copies * (num_batch + num_keys) * self.query.element_size()
+
+    def tiles(self, rows: slice, with_grad: bool) -> Iterator[Tile]:
+        """Every tile of `rows`; `with_grad` as often as gradients of the candidates are added up,
+        which a caller does before it asks for the next tile.
+        """
+        if self.batch is not None:
+            for block in self.batch.grad_blocks() if with_grad else self.batch.blocks():
+                yield from self._tiles_of(block, rows, is_batch=True)
+        if self.keys is not None:
+            yield from self._tiles_of(Block(self.keys, 0), rows, is_batch=False)
+
+    def _tiles_of(self, block: Block, rows: slice, is_batch: bool) -> Iterator[Tile]:
+        N = block.features.shape[0]
+        if N == 0 or rows.start == rows.stop:
+            return
+        num_rows = rows.stop - rows.start
+        most = num_rows if self.keep else min(_tile_rows(N, self.query), num_rows)
+        place = (is_batch, block.first)
+        is_made = place in self._kept
+        memory = self._kept.pop(place) if is_made else [
+            empty((most, N), self.query) for _ in self._queries()
+        ]  # fmt: skip
+        if self.keep and not is_made:
+            self._kept[place] = memory
+        for start in range(rows.start, rows.stop, most):
+            chunk = slice(start, min(start + most, rows.stop))
+            # Tiles of a block that are not kept follow each other in the same memory.
+            sims = [x[: chunk.stop - chunk.start] for x in memory]
+            if not is_made:
+                for query, out in zip(self._queries(), sims, strict=True):
+                    torch.mm(query[chunk], block.features.T, out=out)
+            is_own = is_batch and block.first == self.first_row
+            pairs = self._pairs(block, chunk, is_batch, is_own)
+            teacher_sims = sims[1] if len(sims) > 1 else None
+            yield Tile(sims[0], teacher_sims, chunk, block, pairs, is_batch, is_own)
+
+    def _queries(self) -> list[Tensor]:
+        return [self.query] if self.teacher is None else [self.query, self.teacher]
+
+    def _pairs(
+        self, block: Block, rows: slice, is_batch: bool, is_own: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+        N = block.features.shape[0]
+        ids = self.batch_ids if is_batch else self.key_ids
+        if ids is not None:
+            ids = ids[block.first : block.first + N]
+        # Keys have no diagonal.
+        offset = self.first_row + rows.start - block.first if is_batch else N
+        diag = None
+        if is_own and block.features.dtype != torch.float32:
+            # A pair's own similarity weighs most, so it does not share the others' rounding.
+            if self._diag is None:
+                self._diag = row_dots(self.query, block.features)
+            diag = self._diag[rows]
+        return (None if ids is None else self.ids[rows], ids, diag, offset)
+
+
+def _tile_rows(num_columns: int, like: Tensor) -> int:
+    most = _TILE_BYTES[like.device.type] // (num_columns * like.element_size()) // 8 * 8
+    return min(max(most, _MIN_TILE_ROWS), _MAX_TILE_ROWS)
