@@ -68,7 +68,7 @@ class Sweep:
     key_ids: Tensor | None
     first_row: int
     keep: bool = False
-    _kept: dict[tuple[bool, int], list[Tensor]] = field(default_factory=dict)
+    _kept: dict[tuple[bool, int], Tensor] = field(default_factory=dict)
     _diag: Tensor | None = None
 
     def row_bytes(self, num_batch: int) -> int:
@@ -96,25 +96,26 @@ class Sweep:
         most = num_rows if self.keep else min(_tile_rows(N, self.query), num_rows)
         place = (is_batch, block.first)
         is_made = place in self._kept
-        memory = self._kept.pop(place) if is_made else [
-            empty((most, N), self.query) for _ in self._queries()
-        ]  # fmt: skip
+        copies = 1 if self.teacher is None else 2
+        memory = self._kept.pop(place) if is_made else empty((copies * most, N), self.query)
         if self.keep and not is_made:
             self._kept[place] = memory
         for start in range(rows.start, rows.stop, most):
             chunk = slice(start, min(start + most, rows.stop))
             # Tiles of a block that are not kept follow each other in the same memory.
-            sims = [x[: chunk.stop - chunk.start] for x in memory]
+            sims = memory[: copies * (chunk.stop - chunk.start)]
             if not is_made:
-                for query, out in zip(self._queries(), sims, strict=True):
-                    torch.mm(query[chunk], block.features.T, out=out)
+                torch.mm(self._queries(chunk), block.features.T, out=sims)
+            sims, teacher_sims = (sims, None) if copies == 1 else sims.chunk(2)
             is_own = is_batch and block.first == self.first_row
             pairs = self._pairs(block, chunk, is_batch, is_own)
-            teacher_sims = sims[1] if len(sims) > 1 else None
-            yield Tile(sims[0], teacher_sims, chunk, block, pairs, is_batch, is_own)
+            yield Tile(sims, teacher_sims, chunk, block, pairs, is_batch, is_own)
 
-    def _queries(self) -> list[Tensor]:
-        return [self.query] if self.teacher is None else [self.query, self.teacher]
+    def _queries(self, rows: slice) -> Tensor:
+        """Rows of both, so that one product reads the candidates once."""
+        if self.teacher is None:
+            return self.query[rows]
+        return torch.cat([self.query[rows], self.teacher[rows]])
 
     def _pairs(
         self, block: Block, rows: slice, is_batch: bool, is_own: bool
