@@ -265,7 +265,7 @@ def contrastive_fused_stats(
     first_row: int = 0,
     row_offset: int = 0,
     first_col: int = 0,
-    num_local: int = 0,
+    num_local: int | None = None,
     side: int = 0,
     row_best: Tensor | None = None,
     row_index: Tensor | None = None,
@@ -279,15 +279,17 @@ def contrastive_fused_stats(
     TF32 product would be wrong by 2**-11 times the scale).
 
     Args:
-        x (M, D), y (N, D): features of one dtype, unit stride along D.
+        x (M, D), y (N, D): features of one dtype.
         scale .. col_pos: as in `contrastive_stats`.
         seed: 0-d int64, draws one negative for each row, and for each column if col_* are given.
         first_row, row_offset, side: as in `contrastive_negatives`.
         first_col, num_local: columns first_col .. first_col + num_local - 1 of y are this rank's:
-            only they compete, and they are counted from 0.
+            only they compete, and they are counted from 0. By default all are.
         row_best (M, 1), row_index (M, 1), col_best (N, 1), col_index (N, 1): running winners.
     """
     (M, D), N = x.shape, y.shape[0]
+    x, y = (a if a.stride(1) == 1 else a.contiguous() for a in (x, y))
+    num_local = N if num_local is None else num_local
     draws, with_cols = seed is not None, col_max is not None
     if draws and row_best.shape[1] != 1:
         raise NotImplementedError(f"fused statistics draw one negative, got k={row_best.shape[1]}")
