@@ -12,8 +12,10 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from vlpfast.kernels import _contrastive, _contrastive_fused, contrastive
+from vlpfast.ops import _contrastive_chunked
+from vlpfast.ops.contrastive import contrastive_loss
 from vlpfast.ops.reference import counter
-from vlpfast.testing import assert_same, routes
+from vlpfast.testing import assert_same, routes, with_gradients
 
 ROUTES = routes("triton")
 on_routes = pytest.mark.parametrize(("impl", "device"), ROUTES)
@@ -440,3 +442,33 @@ def test_fused_draws_one_negative(impl, device):
     two = torch.zeros(3, 2, device=device)
     with pytest.raises(NotImplementedError, match="draw one negative, got k=2"):
         run_fused(tile, x, y, seed=torch.tensor(0, device=device), row_best=two, row_index=two)
+
+
+@on_routes
+@pytest.mark.parametrize("name", ["plain", "ids-draws", "queue"])
+def test_the_driver_looks_fused(impl, device, monkeypatch, small_blocks, name):
+    """In fp32, as the interpreter must; the driver itself looks so at bf16 and fp16 features."""
+    calls = []
+    kernel = contrastive.contrastive_fused_stats
+    spy = lambda *args, **draws: (calls.append(len(draws)), kernel(*args, **draws))
+    monkeypatch.setattr(contrastive, "contrastive_fused_stats", spy)
+    monkeypatch.setattr(_contrastive_chunked, "_FUSED_DTYPES", (torch.float32,))
+    monkeypatch.setattr(_contrastive_chunked, "_KEEP_BYTES", {"cpu": 0, "cuda": 0})
+    _, image, text = fused_problem((19, 19, 16), device)
+    options = {}
+    if name == "ids-draws":
+        ids = torch.arange(19, device=device) // 2
+        options = {"ids": ids, "hard_negatives": 1, "seed": 3, "label_smoothing": 0.1}
+    if name == "queue":
+        options = {"image_keys": text[:5] + 0.1, "text_keys": image[:5] - 0.1}
+    scale = torch.tensor(12.0, device=device)
+    results = [
+        with_gradients(
+            lambda *x, impl=impl: contrastive_loss(*x, impl=impl, **options), [image, text, scale]
+        )
+        for impl in (impl, "reference")
+    ]
+    assert calls == {"plain": [0], "ids-draws": [8], "queue": [0, 0, 0]}[name]
+    (outputs, grads), (expected, expected_grads) = results
+    for actual, e in zip((*outputs, *grads), (*expected, *expected_grads), strict=True):
+        (assert_same if e.dtype == torch.int64 else close)(actual, e)

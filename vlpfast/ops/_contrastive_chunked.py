@@ -30,6 +30,11 @@ from vlpfast.ops._contrastive_tiles import Sweep, Tile
 # are computed again. The GPU's figure is that of a batch of 32768 in bf16.
 _KEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
+# Whose similarities the first look need not store, if they are not kept: it then sees them in fp32,
+# and the second look rounded, so p of a confident pair is 1 to about 1e-5 and not to the last bit.
+# That is below the rounding of these features; for fp32 features both looks see the same product.
+_FUSED_DTYPES = (torch.bfloat16, torch.float16)
+
 
 def chunked(problem: Problem, passes: Passes, ranks: OneProcess | Ranks, wants: Wants) -> Result:
     """The loss, its statistics and the gradients that are wanted.
@@ -197,9 +202,10 @@ class _Run:
                     across.total.add_(row_sums(candidates, query))
 
     def _looks_fused(self, sweep: Sweep) -> bool:
-        """Whether similarities that will not be kept need not be stored for the first look."""
+        """Whether the first look makes statistics and draws without storing similarities."""
         can = self.passes.fused_stats is not None and self.problem.hard_negatives <= 1
-        return can and sweep.teacher is None and not sweep.keep
+        fits = sweep.query.dtype in _FUSED_DTYPES and sweep.teacher is None
+        return can and fits and not sweep.keep
 
     def _look_fused(
         self, direction: Direction, tile: Tile, sums: tuple[Tensor | None, ...]
