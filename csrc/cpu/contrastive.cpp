@@ -89,7 +89,8 @@ VLPFAST_INLINE float positives_of_row(const float* s, const Strip& strip, const 
     if (j >= 0 && col_pos) col_pos[j] += s[j];
     return j >= 0 ? s[j] : 0.0f;
   }
-  const RowId id(pairs.row_ids[row]);
+  const RowId id(pairs, row, strip);
+  if (!id.may_match) return 0.0f;
   F16 sum{};
   for (int j = 0; j < strip.padded; j += kLaneCount) {
     const F16 positive = id.equals(strip, j) ? load16(s + j) : F16{};
@@ -218,14 +219,14 @@ void gradient_strips(const Gradient& p, int64_t begin, int64_t end) {
       const float teacher_max = p.teacher.data ? p.teacher_max[row] : 0.0f;
       const float teacher_factor = p.teacher.data ? p.alpha / p.teacher_sum[row] : 0.0f;
       const float row_weight = p.row_weight[row];
-      const RowId id(p.pairs.row_ids ? p.pairs.row_ids[row] : 0);
+      const RowId id(p.pairs, row, strip);
       F16 dot{};
       for (int j = 0; j < strip.padded; j += kLaneCount) {
         const F16 value = load16(s + j), z = value * p.scale;
         F16 grad = exp16(z - row_max) * row_factor - p.smoothing;
         if (p.col_max) grad += exp16(z - load16(cols.max + j)) * load16(cols.factor + j);
         if (p.teacher.data) grad -= exp16(load16(t + j) * p.scale - teacher_max) * teacher_factor;
-        if (p.pairs.row_ids) {
+        if (id.may_match) {
           grad -= id.equals(strip, j) ? load16(cols.weight + j) + row_weight : F16{};
         }
         store16(g + j, grad);

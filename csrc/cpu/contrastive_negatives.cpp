@@ -60,11 +60,11 @@ VLPFAST_INLINE U16 load_bits(const uint32_t* p) {
 // Scores of one row's strip: z plus the noise of random words mix(a ^ b[j]); -inf for positives.
 VLPFAST_INLINE void score_row(const Negatives& p, const Strip& strip, int64_t row, const float* s,
                               uint32_t a, const uint32_t* b, float* score) {
-  const RowId id(p.pairs.row_ids ? p.pairs.row_ids[row] : 0);
+  const RowId id(p.pairs, row, strip);
   for (int j = 0; j < strip.padded; j += kLaneCount) {
     F16 x = load16(s + j) * p.scale;
     if (p.has_noise) x += gumbel16(mix16(load_bits(b + j) ^ a));
-    if (p.pairs.row_ids) x = id.equals(strip, j) ? splat(-kInfinity) : x;
+    if (id.may_match) x = id.equals(strip, j) ? splat(-kInfinity) : x;
     store16(score + j, x);
   }
   const int own = p.pairs.row_ids ? -1 : diagonal_in(strip, p.pairs, row);

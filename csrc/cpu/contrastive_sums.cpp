@@ -77,14 +77,14 @@ void sigmoid_strips(const Sigmoid& p, int64_t begin, int64_t end) {
       load_strip(p.sims, strip, p.pairs, row, s);
       if (p.teacher.data) load_strip(p.teacher, strip, row, teacher);
       const int own = p.pairs.row_ids ? -1 : diagonal_in(strip, p.pairs, row);
-      const RowId id(p.pairs.row_ids ? p.pairs.row_ids[row] : 0);
+      const RowId id(p.pairs, row, strip);
       F16 loss{}, dot{}, sum{};
       for (int j = 0; j < strip.padded; j += kLaneCount) {
         const F16 value = load16(s + j);
         const F16 z = value * p.scale + p.bias;
         const F16 e = exp16(-abs16(z));
         F16 target = splat(p.negative);
-        if (p.pairs.row_ids) target = id.equals(strip, j) ? splat(p.positive) : target;
+        if (id.may_match) target = id.equals(strip, j) ? splat(p.positive) : target;
         if (p.teacher.data) {
           const F16 zt = load16(teacher + j) * p.scale + p.bias;
           target += sigmoid16(zt, exp16(-abs16(zt))) * p.alpha;
@@ -142,11 +142,11 @@ void hinge_strips(const Hinge& p, int64_t begin, int64_t end) {
       // The pair itself is no negative: far below every margin.
       const int own = p.pairs.row_ids ? -1 : diagonal_in(strip, p.pairs, row);
       if (own >= 0) s[own] = -kInfinity;
-      const RowId id(p.pairs.row_ids ? p.pairs.row_ids[row] : 0);
+      const RowId id(p.pairs, row, strip);
       F16 loss{}, count{};
       for (int j = 0; j < strip.padded; j += kLaneCount) {
         I16 is_negative = columns16(strip, j);
-        if (p.pairs.row_ids) is_negative &= ~id.equals(strip, j);
+        if (id.may_match) is_negative &= ~id.equals(strip, j);
         const F16 value = is_negative ? load16(s + j) + p.margin : splat(-kInfinity);
         const F16 text = value - p.row_pair[row], image = value - load16(col_pair + j);
         // Not max16(x, 0): a NaN must stay one.

@@ -74,8 +74,8 @@ def make_options(case: dict, B: int, D: int, dtype: torch.dtype, K: int = 5) -> 
 def set_plan(monkeypatch: pytest.MonkeyPatch, keep: int, rows: int | None = None) -> None:
     monkeypatch.setattr(_contrastive_chunked, "_KEEP_BYTES", {"cpu": keep, "cuda": keep})
     if rows is not None:
-        for name in ("_MIN_TILE_ROWS", "_MAX_TILE_ROWS"):
-            monkeypatch.setattr(_contrastive_tiles, name, rows)
+        monkeypatch.setattr(_contrastive_tiles, "_MIN_TILE_ROWS", rows)
+        monkeypatch.setattr(_contrastive_tiles, "_MAX_TILE_ROWS", {"cpu": rows, "cuda": rows})
 
 
 def widen(value: object, dtype: torch.dtype) -> object:
@@ -204,7 +204,8 @@ def test_draws_are_the_references(impl, device, name: str) -> None:
     inputs, options = make_inputs(B, 16, torch.float32), make_options(
         CASES[name], B, 16, torch.float32
     )  # fmt: skip
-    for seed, k in ((0, 1), (5_000_000_000, 4)):
+    # Triton makes one pass for each draw, slowly if interpreted.
+    for seed, k in ((0, 1), (5_000_000_000, 2 if impl == "triton" else 4)):
         draw = {"hard_negatives": k, "seed": seed}
         expected = contrastive_loss(*inputs, impl="reference", **options, **draw)
         actual = contrastive_loss(

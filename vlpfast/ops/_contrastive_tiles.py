@@ -16,10 +16,12 @@ from torch import Tensor
 from vlpfast.ops._contrastive_dist import Block, Candidates
 from vlpfast.ops._contrastive_products import empty, row_dots
 
-# Tiles of up to this size, by device, stay in the last-level cache from the product to the pass.
-_TILE_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
+# Tiles of up to this size, by device: a CPU's stay in the last-level cache from the product to the
+# pass; a GPU's are large enough not to be bound by launches.
+_TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 # Fewer rows make the matrix products slow, more are no faster.
-_MIN_TILE_ROWS, _MAX_TILE_ROWS = 256, 1024
+_MIN_TILE_ROWS = 256
+_MAX_TILE_ROWS = {"cpu": 1024, "cuda": 4096}
 
 
 class Tile(NamedTuple):
@@ -150,4 +152,4 @@ class Sweep:
 
 def _tile_rows(num_columns: int, like: Tensor) -> int:
     most = _TILE_BYTES[like.device.type] // (num_columns * like.element_size()) // 8 * 8
-    return min(max(most, _MIN_TILE_ROWS), _MAX_TILE_ROWS)
+    return min(max(most, _MIN_TILE_ROWS), _MAX_TILE_ROWS[like.device.type])

@@ -46,9 +46,16 @@ struct Strip {
   int n, padded;
   // Halves of the columns' ids: 16 lanes compare at once.
   int32_t id_low[kStripCols], id_high[kStripCols];
+  // One bit per hash of an id: most rows find that no column can have theirs.
+  uint64_t seen[64];
   // 0, and -inf where there is no column.
   float pad[kStripCols];
 };
+
+// 12 bits: a word of `seen` and a bit of it.
+VLPFAST_INLINE uint32_t hash_id(int64_t id) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15u) >> 52);
+}
 
 VLPFAST_INLINE int64_t num_strips(int64_t N) { return (N + kStripCols - 1) / kStripCols; }
 
@@ -58,6 +65,11 @@ VLPFAST_INLINE void set_strip(Strip& strip, int64_t index, int64_t N, const Pair
   strip.begin = index * kStripCols;
   strip.n = static_cast<int>(std::min<int64_t>(kStripCols, N - strip.begin));
   strip.padded = (strip.n + kLaneCount - 1) / kLaneCount * kLaneCount;
+  std::fill_n(strip.seen, 64, uint64_t{0});
+  for (int j = 0; j < strip.n && pairs.col_ids; ++j) {
+    const uint32_t hash = hash_id(pairs.col_ids[strip.begin + j]);
+    strip.seen[hash >> 6] |= uint64_t{1} << (hash & 63);
+  }
   for (int j = 0; j < strip.padded; ++j) {
     const bool is_column = j < strip.n;
     const int64_t id = is_column && pairs.col_ids ? pairs.col_ids[strip.begin + j] : 0;
@@ -73,11 +85,18 @@ VLPFAST_INLINE int diagonal_in(const Strip& strip, const Pairs& pairs, int64_t r
   return j >= 0 && j < strip.n ? static_cast<int>(j) : -1;
 }
 
-// A row's id against those of a strip's columns.
+// A row's id against those of a strip's columns, if the pairs have ids.
 struct RowId {
-  int32_t low, high;
-  explicit VLPFAST_INLINE RowId(int64_t id)
-      : low(static_cast<int32_t>(id)), high(static_cast<int32_t>(id >> 32)) {}
+  int32_t low = 0, high = 0;
+  bool may_match = false;  // false: no column has this id
+  VLPFAST_INLINE RowId(const Pairs& pairs, int64_t row, const Strip& strip) {
+    if (pairs.row_ids == nullptr) return;
+    const int64_t id = pairs.row_ids[row];
+    const uint32_t hash = hash_id(id);
+    low = static_cast<int32_t>(id);
+    high = static_cast<int32_t>(id >> 32);
+    may_match = (strip.seen[hash >> 6] >> (hash & 63)) & 1;
+  }
   VLPFAST_INLINE I16 equals(const Strip& strip, int j) const {
     I16 col_low, col_high;
     std::memcpy(&col_low, strip.id_low + j, sizeof col_low);
