@@ -30,6 +30,11 @@ from vlpfast.ops._contrastive_tiles import Sweep, Tile
 # are computed again. The GPU's figure is that of a batch of 32768 in bf16.
 _KEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
+# Whose similarities the first look need not store, if they are not kept: it then sees them in fp32,
+# and the second look rounded, so p of a confident pair is 1 to about 1e-5 and not to the last bit.
+# That is below the rounding of these features; for fp32 features both looks see the same product.
+_FUSED_DTYPES = (torch.bfloat16, torch.float16)
+
 
 def chunked(problem: Problem, passes: Passes, ranks: OneProcess | Ranks, wants: Wants) -> Result:
     """The loss, its statistics and the gradients that are wanted.
@@ -174,13 +179,17 @@ class _Run:
     def _look(self, direction: Direction, rows: slice) -> None:
         """First look at every tile: log-sum-exps, positives, the teacher, hard negatives."""
         p, scale = self.problem, self.problem.scale
-        for tile in direction.sweep.tiles(rows, with_grad=False):
+        fused = self._looks_fused(direction.sweep)
+        for tile in direction.sweep.tiles(rows, with_grad=False, with_sims=not fused):
             mine = direction.sums.of(tile.rows)
             shared = self.columns is not None and tile.is_batch
             across = self.columns.of(tile.columns) if shared else None
-            self.passes.stats(
-                tile.sims, scale, *tile.pairs, *mine[:3], *(across[:3] if shared else (None,) * 3)
-            )
+            sums = (*mine[:3], *(across[:3] if shared else (None,) * 3))
+            if fused:
+                self._look_fused(direction, tile, sums)
+            else:
+                self.passes.stats(tile.sims, scale, *tile.pairs, *sums)
+                self._draw(direction, tile)
             if tile.teacher_sims is not None:
                 self.passes.teacher(
                     tile.sims, tile.teacher_sims, scale, *tile.pairs[2:],
@@ -191,7 +200,34 @@ class _Run:
                 mine.total.add_(row_sums(query, candidates))
                 if shared:
                     across.total.add_(row_sums(candidates, query))
-            self._draw(direction, tile)
+
+    def _looks_fused(self, sweep: Sweep) -> bool:
+        """Whether the first look makes statistics and draws without storing similarities."""
+        can = self.passes.fused_stats is not None and self.problem.hard_negatives <= 1
+        fits = sweep.query.dtype in _FUSED_DTYPES and sweep.teacher is None
+        return can and fits and not sweep.keep
+
+    def _look_fused(
+        self, direction: Direction, tile: Tile, sums: tuple[Tensor | None, ...]
+    ) -> None:
+        p, draws = self.problem, {}
+        if p.hard_negatives > 0 and tile.is_own:
+            draws = {
+                "seed": p.seed,
+                "first_row": self.ranks.first_row,
+                "row_offset": tile.rows.start,
+                "side": 0 if direction is self.directions[0] else 1,
+                "row_best": direction.best[tile.rows],
+                "row_index": direction.drawn[tile.rows],
+            }
+            if self.columns is not None:
+                other = self.directions[1]
+                draws |= {"col_best": other.best, "col_index": other.drawn}
+        row_ids, col_ids, _, offset = tile.pairs
+        self.passes.fused_stats(
+            direction.sweep.query[tile.rows], tile.block.features, p.scale,
+            row_ids, col_ids, offset, *sums, **draws,
+        )  # fmt: skip
 
     def _draw(self, direction: Direction, tile: Tile) -> None:
         p = self.problem

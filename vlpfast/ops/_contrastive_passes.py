@@ -80,6 +80,8 @@ class Passes(NamedTuple):
         hinge: over pairs that are not positives, a = margin + sims - row_pair, b with col_pair:
             row_loss += sum_j max(a, 0) + max(b, 0); row_count += sum_j [a > 0]; col_count +=
             sum_i [b > 0]; [a > 0] + [b > 0] overwrites sims.
+        fused_stats: what `stats` and, for k = 1, `negatives` find, from the features of rows and
+            columns in place of sims, in one matrix product that stores none; None: not there.
     """
 
     stats: Callable[..., None]
@@ -88,6 +90,7 @@ class Passes(NamedTuple):
     sigmoid: Callable[..., None]
     negatives: Callable[..., None]
     hinge: Callable[..., None]
+    fused_stats: Callable[..., None] | None = None
 
 
 _CPP = Passes(*(getattr(torch.ops.vlpfast, name).default for name in _SCHEMAS))
@@ -98,7 +101,7 @@ def passes_of(name: str) -> Passes:
     if name == "cpp":
         return _CPP
     kernels = importlib.import_module("vlpfast.kernels.contrastive")
-    return Passes(*(getattr(kernels, name) for name in _SCHEMAS))
+    return Passes(*(getattr(kernels, name) for name in _SCHEMAS), kernels.contrastive_fused_stats)
 
 
 def triton_missing() -> str | None:

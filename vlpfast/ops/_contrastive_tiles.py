@@ -28,13 +28,14 @@ class Tile(NamedTuple):
     """Similarities (M, N) of `rows` with `block`, and which pairs are positives of each other.
 
     Attributes:
-        sims, teacher_sims (M, N): raw similarities; the teacher's may be None.
+        sims, teacher_sims (M, N): raw similarities; the teacher's may be None, and both are where
+            no similarities were asked for.
         pairs: row_ids, col_ids, diag, diag_offset as the passes take them.
         is_batch: the candidates are of the batch, not keys.
         is_own: the candidates are this rank's own pairs.
     """
 
-    sims: Tensor
+    sims: Tensor | None
     teacher_sims: Tensor | None
     rows: slice
     block: Block
@@ -80,19 +81,25 @@ class Sweep:
         copies = 1 if self.teacher is None else 2
         return copies * (num_batch + num_keys) * self.query.element_size()
 
-    def tiles(self, rows: slice, with_grad: bool) -> Iterator[Tile]:
+    def tiles(self, rows: slice, with_grad: bool, with_sims: bool = True) -> Iterator[Tile]:
         """Every tile of `rows`; `with_grad` as often as gradients of the candidates are added up,
-        which a caller does before it asks for the next tile.
+        which a caller does before it asks for the next tile. Without similarities a tile is all
+        `rows` against a block.
         """
         if self.batch is not None:
             for block in self.batch.grad_blocks() if with_grad else self.batch.blocks():
-                yield from self._tiles_of(block, rows, is_batch=True)
+                yield from self._tiles_of(block, rows, True, with_sims)
         if self.keys is not None:
-            yield from self._tiles_of(Block(self.keys, 0), rows, is_batch=False)
+            yield from self._tiles_of(Block(self.keys, 0), rows, False, with_sims)
 
-    def _tiles_of(self, block: Block, rows: slice, is_batch: bool) -> Iterator[Tile]:
+    def _tiles_of(
+        self, block: Block, rows: slice, is_batch: bool, with_sims: bool
+    ) -> Iterator[Tile]:
         N = block.features.shape[0]
         if N == 0 or rows.start == rows.stop:
+            return
+        if not with_sims:
+            yield self._tile(None, None, rows, block, is_batch)
             return
         num_rows = rows.stop - rows.start
         most = num_rows if self.keep else min(_tile_rows(N, self.query), num_rows)
@@ -109,9 +116,15 @@ class Sweep:
             if not is_made:
                 torch.mm(self._queries(chunk), block.features.T, out=sims)
             sims, teacher_sims = (sims, None) if copies == 1 else sims.chunk(2)
-            is_own = is_batch and block.first == self.first_row
-            pairs = self._pairs(block, chunk, is_batch, is_own)
-            yield Tile(sims, teacher_sims, chunk, block, pairs, is_batch, is_own)
+            yield self._tile(sims, teacher_sims, chunk, block, is_batch)
+
+    def _tile(
+        self, sims: Tensor | None, teacher_sims: Tensor | None, rows: slice, block: Block,
+        is_batch: bool,
+    ) -> Tile:  # fmt: skip
+        is_own = is_batch and block.first == self.first_row
+        pairs = self._pairs(block, rows, is_batch, is_own)
+        return Tile(sims, teacher_sims, rows, block, pairs, is_batch, is_own)
 
     def _queries(self, rows: slice) -> Tensor:
         """Rows of both, so that one product reads the candidates once."""
