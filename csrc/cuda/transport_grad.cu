@@ -254,9 +254,14 @@ __global__ void __launch_bounds__(kGradThreads, 3)
   const unsigned valid = num_other > 0 ? own_valid : 0;
   const int count = valid ? num_other : 0;
 
-  const Rows<T> x(arguments.x, side.b, arguments.D), y(arguments.y, side.b, arguments.D);
+  const FeatureRows own_rows{side.y ? arguments.y.data : arguments.x.data,
+                             side.y ? arguments.y.stride_batch : arguments.x.stride_batch,
+                             side.y ? arguments.y.stride_row : arguments.x.stride_row};
+  const FeatureRows other_rows{side.y ? arguments.x.data : arguments.y.data,
+                               side.y ? arguments.x.stride_batch : arguments.y.stride_batch,
+                               side.y ? arguments.x.stride_row : arguments.y.stride_row};
+  const Rows<T> own(own_rows, side.b, arguments.D), other(other_rows, side.b, arguments.D);
   T* out = static_cast<T*>(side.y ? arguments.grad_y : arguments.grad_x);
-  const Rows<T>&own = side.y ? y : x, &other = side.y ? x : y;
   if (other.aligned) {
     block_gradient<T, true>(arguments, side, own, other, out, plan, ids, count, valid);
   } else {
