@@ -65,13 +65,15 @@ class LinearCrossEntropy(Shape):
 
 @dataclass(frozen=True)
 class Transport(Shape):
-    """Text (B, T, D) aligned with image regions (B, R, D) by `iters` steps of IPOT."""
+    """Text (B, T, D) aligned with image regions (B, R, D) by `iters` steps; with `varied`, texts
+    and images of different lengths, padded to T and R."""
 
     batch: int
     text_len: int
     num_regions: int
     dim: int
     iters: int
+    varied: bool
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,15 @@ def _named(*shapes: Shape) -> Mapping[str, Shape]:
     return MappingProxyType(named)
 
 
+_WRA = (
+    Transport("wra-256x32x196", False, 256, 32, 196, 768, 50, False),
+    Transport("wra-256x32x196-varied", False, 256, 32, 196, 768, 50, True),
+    Transport("uniter-96x60x36", False, 96, 60, 36, 768, 50, True),
+    Transport("vilt-64x40x200", False, 64, 40, 200, 768, 50, True),
+    Transport("wra-1024x64x577", True, 1024, 64, 577, 768, 50, False),
+)
+
+
 # Of each op the first shape is its headline: the one in the README table.
 SHAPES: Mapping[str, Mapping[str, Shape]] = MappingProxyType(
     {
@@ -142,11 +153,9 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = MappingProxyType(
             LinearCrossEntropy("coca-caption-4864x64000x768", True, 4864, 64000, 768),
         ),
         # ViLT aligns up to 40 words with patches; UNITER up to 60 words with 36 detector regions.
-        "transport": _named(
-            Transport("wra-256x32x196", False, 256, 32, 196, 768, 50),
-            Transport("uniter-96x60x36", False, 96, 60, 36, 768, 50),
-            Transport("vilt-64x40x200", False, 64, 40, 200, 768, 50),
-        ),
+        "transport": _named(*_WRA),
+        "transport_cost": _named(*_WRA),
+        "transport_sinkhorn": _named(*_WRA[:2]),
         "attention": _named(
             Attention("albef-fusion-197x30", False, 64, 30, 197, 12, 64, False),
             Attention("vit-b16-197", False, 256, 197, 197, 12, 64, False),

@@ -41,6 +41,7 @@ patch_embed = _patch_embed.patch_embed
 residual_norm = _residual_norm.residual_norm
 TransportOutput = _transport.TransportOutput
 ipot = _transport.ipot
+ipot_from_cost = _transport.ipot_from_cost
 sinkhorn = _transport.sinkhorn
 wra_loss = _transport.wra_loss
 
@@ -56,6 +57,7 @@ __all__ = [
     "gradcam",
     "hinge_loss",
     "ipot",
+    "ipot_from_cost",
     "keep_ids",
     "linear_cross_entropy",
     "patch_embed",

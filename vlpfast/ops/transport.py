@@ -1,33 +1,39 @@
 """Optimal transport of batches of small problems: word-region alignment by IPOT, and Sinkhorn.
 
-Letters: M = sources (text tokens), N = targets (image tokens) of one problem.
+Letters: M = sources (text tokens), N = targets (image tokens) of one problem. How they run is in
+_transport_ipot.py and _transport_sinkhorn.py.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlpfast.ops._dispatch import reference_only
-from vlpfast.ops.reference import transport as reference
-
-_IPOT = reference_only("ipot", reference.ipot)
-_SINKHORN = reference_only("sinkhorn", reference.sinkhorn)
+from vlpfast.ops._dispatch import Op
+from vlpfast.ops._transport_ipot import IPOT as _IPOT
+from vlpfast.ops._transport_ipot import IPOT_FROM_COST as _IPOT_FROM_COST
+from vlpfast.ops._transport_ipot import WRA as _WRA
+from vlpfast.ops._transport_ipot import signed_sum
+from vlpfast.ops._transport_sinkhorn import SINKHORN as _SINKHORN
+from vlpfast.ops._transport_sinkhorn import ImplicitPlan
 
 
 class TransportOutput(NamedTuple):
-    """Result of `ipot` and `sinkhorn`. Gradients flow through `distance` and `value` only.
+    """Result of `ipot`, `ipot_from_cost` and `sinkhorn`.
 
     Attributes:
         distance (B,): sum_ij C_ij plan_ij; differentiated with the plan held constant.
         value (B,): for `sinkhorn` the regularised objective, whose derivative in the cost is
-            exactly the plan (envelope theorem); for `ipot` the distance.
-        plan (B, M, N): the transport plan if `return_plan`, else None.
+            exactly the plan (envelope theorem); for IPOT the distance.
+        plan (B, M, N): the transport plan if `return_plan`, else None. `sinkhorn`'s is
+            differentiable, IPOT's a constant.
         f (B, M), g (B, N): potentials, plan_ij = a_i b_j exp((f_i + g_j - C_ij) / eps), with
-            uniform a, b and eps = beta / iters for `ipot`; 0 where there is no mass.
-        num_iters (B,): int64, iterations each problem took.
+            uniform a, b and eps = beta / num_iters for IPOT; 0 where there is no mass. Constants.
+        num_iters (B,): int64, iterations each problem took; 0 for one with an empty side.
     """
 
     distance: Tensor
@@ -47,6 +53,7 @@ def ipot(
     beta: float = 0.5,
     iters: int = 50,
     inner: int = 1,
+    tol: float | None = None,
     return_plan: bool = False,
     impl: str = "auto",
 ) -> TransportOutput:
@@ -66,16 +73,23 @@ def ipot(
     of y approximate, and the distance 1-2 % above the optimum. Below beta = 0.1 it runs on
     logarithms, since fp32 loses the plan there. The plan is a constant for the gradient.
 
+    A problem's result depends on its valid rows alone, to the bit: not on padding, on the rest of
+    the batch or on the number of threads. A NaN or infinity in a valid row makes that problem NaN
+    and no other.
+
     Args:
-        x (B, M, D): features (UNITER: text), fp32/bf16/fp16/fp64.
-        y (B, N, D): features (UNITER: image).
+        x (B, M, D): features (UNITER: text), fp32/bf16/fp16/fp64 (fp64: reference only). Read in
+            place whatever the strides of B and M.
+        y (B, N, D): features (UNITER: image). x and y may be one packed tensor with two masks.
         x_mask (B, M): bool, True on valid rows, any pattern (UNITER's pads are the opposite).
         y_mask (B, N): the same for y. None: all valid.
         beta: step size, > 0; the smaller, the faster the plan sharpens per iteration.
         iters: proximal steps, >= 1.
         inner: scaling steps inside each, >= 1.
+        tol: stop a problem after the first step in which no beta * log sigma_i moves by more than
+            this, in units of cost. None: never, as UNITER.
         return_plan: also return the plan.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         TransportOutput, fp32 (fp64 for fp64 inputs). A problem with an empty side has distance,
@@ -84,27 +98,48 @@ def ipot(
     Source: Chen et al. 2020 (UNITER), sec. 3.2, arXiv:1909.11740, as in its code and ViLT's;
         Xie et al. 2018 (IPOT), alg. 1, arXiv:1802.04307.
     """
-    for name, features in (("x", x), ("y", y)):
-        if features.dim() != 3:
-            raise ValueError(f"{name} must be 3-d (B, tokens, D), got {tuple(features.shape)}")
-        if not features.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {features.dtype}")
-    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
-        raise ValueError(f"x and y must share B and D, got {tuple(x.shape)} and {tuple(y.shape)}")
-    x_mask = _checked_mask("x_mask", x_mask, x)
-    y_mask = _checked_mask("y_mask", y_mask, y)
-    _check_positive("beta", beta)
-    _check_count("iters", iters)
-    _check_count("inner", inner)
-    run = _IPOT.choose(impl, x.device, dtype=x.dtype, shape=(*x.shape[:2], *y.shape[1:]))
+    x, y = _checked_features("x", x, "y", y)
+    x_mask = _checked_mask("x_mask", x_mask, x.shape[:2], x.device)
+    y_mask = _checked_mask("y_mask", y_mask, y.shape[:2], x.device)
+    _check_ipot(beta, iters, inner, tol)
+    run = _choose(_IPOT, impl, x, (*x.shape[:2], *y.shape[1:]))
+    solved = run(x, y, x_mask, y_mask, beta, iters, inner, tol)
+    return _ipot_output(solved, return_plan)
 
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
-        cost = reference.cosine_cost(x.to(dtype), y.to(dtype), x_mask, y_mask)
-        solved = run(cost.detach(), x_mask, y_mask, beta=beta, iters=iters, inner=inner)
-        distance = (cost * solved.plan).sum((1, 2))
-    plan = solved.plan if return_plan else None
-    return TransportOutput(distance, distance, plan, solved.f, solved.g, solved.num_iters)
+
+def ipot_from_cost(
+    cost: Tensor,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    iters: int = 50,
+    inner: int = 1,
+    tol: float | None = None,
+    return_plan: bool = False,
+    impl: str = "auto",
+) -> TransportOutput:
+    """`ipot` on a given cost: C of its formula is `cost`, and the gradient in it is the plan.
+
+    Args:
+        cost (B, M, N): finite on valid pairs, fp32/bf16/fp16/fp64 (fp64: reference only).
+        x_mask (B, M): bool, True on valid rows. None: all.
+        y_mask (B, N): bool, True on valid columns. None: all.
+        beta, iters, inner, tol, return_plan, impl: see `ipot`.
+
+    Returns:
+        TransportOutput, fp32 (fp64 for fp64 cost).
+
+    Source: Xie et al. 2018 (IPOT), alg. 1, arXiv:1802.04307, with uniform marginals.
+    """
+    _check_cost(cost)
+    x_mask = _checked_mask("x_mask", x_mask, cost.shape[:2], cost.device)
+    y_mask = _checked_mask("y_mask", y_mask, cost.shape[::2], cost.device)
+    _check_ipot(beta, iters, inner, tol)
+    cost = _computed(cost)
+    run = _choose(_IPOT_FROM_COST, impl, cost, cost.shape)
+    solved = run(cost, x_mask, y_mask, beta, iters, inner, tol)
+    return _ipot_output(solved, return_plan)
 
 
 def sinkhorn(
@@ -117,6 +152,8 @@ def sinkhorn(
     tol: float | None = None,
     tau_a: float | None = None,
     tau_b: float | None = None,
+    dustbin: float | Tensor | None = None,
+    f: Tensor | None = None,
     return_plan: bool = False,
     impl: str = "auto",
 ) -> TransportOutput:
@@ -128,49 +165,58 @@ def sinkhorn(
 
     tau = None enforces the marginal (w = 1); KL(p | q) = sum p log(p / q) - p + q.
     `value` is the dual objective: equal to the minimum at convergence, below it before; its
-    gradients in cost, a and b are taken at fixed potentials.
+    gradients in cost, a and b are taken at fixed potentials. The gradient of the plan is that of
+    the converged plan (implicit differentiation, docs/ops.md): iterate until it is.
 
     Args:
-        cost (B, M, N): finite, fp32/bf16/fp16/fp64.
-        a (B, M): weights >= 0 of the sources; 0 leaves one out (padding). None: 1 / M.
-        b (B, N): weights of the targets; balanced problems need sum(b) = sum(a). None: 1 / N.
+        cost (B, M, N): finite, fp32/bf16/fp16/fp64 (fp64: reference only).
+        a (B, M): weights >= 0 of the sources; 0 leaves one out (padding). None: 1 / M, or 1 with a
+            dustbin.
+        b (B, N): weights of the targets; balanced problems need sum(b) = sum(a), but for those with
+            a dustbin. None: 1 / N, or 1 with a dustbin.
         eps: strength of the entropy, in units of cost, > 0.
         iters: at most that many iterations, >= 1.
-        tol: stop a problem once no f_i moves by more than this, in units of cost. None: never. The
-            host looks at it after each iteration; a problem's result does not depend on the others.
+        tol: stop a problem once no f_i moves by more than this, in units of cost. None: never. A
+            problem's result does not depend on the others.
         tau_a: strength of the penalty on the marginal a (POT's reg_m), in units of cost.
         tau_b: the same for b.
+        dustbin: cost of leaving a source or a target unmatched, a number or a 0-d tensor, which may
+            require grad. Appends a source of weight sum(b) and a target of weight sum(a) with this
+            cost to everything: plan, f and g are one longer, the last entries the dustbins'.
+            SuperGlue's matching is cost = -scores, dustbin = -alpha, eps = 1.
+        f (B, M): potential to start from, that of a similar problem say. None: 0. The first g
+            follows from it. A constant.
         return_plan: also return the plan.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         TransportOutput, fp32 (fp64 for fp64 cost). A problem whose a or b is all 0 gives 0.
 
     Source: Cuturi 2013, arXiv:1306.0895; unbalanced: Chizat et al. 2018, alg. 1-2, and
-        Sejourne et al. 2019, arXiv:1910.12958. Entropy relative to a b^T, as POT's reg_type="kl".
+        Sejourne et al. 2019, arXiv:1910.12958; dustbin: Sarlin et al. 2020 (SuperGlue), sec. 3.2,
+        arXiv:1911.11763. Entropy relative to a b^T, as POT's reg_type="kl".
     """
-    if cost.dim() != 3:
-        raise ValueError(f"cost must be (B, M, N), got {tuple(cost.shape)}")
-    if not cost.is_floating_point():
-        raise TypeError(f"cost must be floating point, got {cost.dtype}")
-    dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
-    a = _checked_weights("a", a, cost, 1, dtype)
-    b = _checked_weights("b", b, cost, 2, dtype)
+    _check_cost(cost)
+    cost = _computed(cost)
+    default = (1, 1) if dustbin is not None else [1 / max(1, n) for n in cost.shape[1:]]
+    a = _checked_weights("a", a, cost, 1, default[0])
+    b = _checked_weights("b", b, cost, 2, default[1])
     _check_positive("eps", eps)
     _check_count("iters", iters)
-    for name, value in (("tol", tol), ("tau_a", tau_a), ("tau_b", tau_b)):
-        if value is not None:
-            _check_positive(name, value)
-    run = _SINKHORN.choose(impl, cost.device, dtype=cost.dtype, shape=cost.shape)
+    for name, given in (("tol", tol), ("tau_a", tau_a), ("tau_b", tau_b)):
+        if given is not None:
+            _check_positive(name, given)
+    if dustbin is not None:
+        cost, a, b = _with_dustbin(cost, a, b, dustbin)
+    if f is not None:
+        f = _checked_weights("f", f.detach(), cost, 1, 0)
+    run = _choose(_SINKHORN, impl, cost, cost.shape)
 
     with torch.autocast(cost.device.type, enabled=False):
-        cost = cost.to(dtype)
-        problem = {"eps": eps, "tau_a": tau_a, "tau_b": tau_b}
-        solved = run(cost.detach(), a.detach(), b.detach(), iters=iters, tol=tol, **problem)
-        distance = (cost * solved.plan).sum((1, 2))
-        value = reference.sinkhorn_value(cost, a, b, solved.f, solved.g, **problem)
-    plan = solved.plan if return_plan else None
-    return TransportOutput(distance, value, plan, solved.f, solved.g, solved.num_iters)
+        distance, value, plan, f, g, num_iters = run(cost, a, b, f, eps, iters, tol, tau_a, tau_b)
+        if return_plan:
+            plan = ImplicitPlan.apply(cost, a, b, plan, eps, tau_a, tau_b)
+    return TransportOutput(distance, value, plan if return_plan else None, f, g, num_iters)
 
 
 def wra_loss(
@@ -189,16 +235,19 @@ def wra_loss(
 
         loss = weight / B * (sum over matched d_b - sum over unmatched d_b),   d = ipot's distance
 
+    The gradients of the features are written in the forward, and none is computed for an input that
+    does not require one.
+
     Args:
         text (B, M, D): text token features after fusion.
-        image (B, N, D): image token features after fusion.
+        image (B, N, D): image token features after fusion; text and image may be one packed tensor.
         text_mask (B, M): bool, True on tokens that take part, or None for all. UNITER keeps [CLS]
             and [SEP]; ViLT leaves them and the image's class token out: clear their bits.
         image_mask (B, N): the same for the image.
         matched (B,): bool, True where text and image belong together.
         beta, iters: see `ipot`.
         weight: UNITER's itm_ot_lambda.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         scalar, fp32 (fp64 for fp64 inputs); 0 for an empty batch.
@@ -206,43 +255,123 @@ def wra_loss(
     Source: Chen et al. 2020 (UNITER), eq. 6, arXiv:1909.11740, as in its code, where unmatched
         pairs enter with a minus sign; Kim et al. 2021 (ViLT), arXiv:2102.03334.
     """
+    text, image = _checked_features("text", text, "image", image)
+    text_mask = _checked_mask("text_mask", text_mask, text.shape[:2], text.device)
+    image_mask = _checked_mask("image_mask", image_mask, image.shape[:2], text.device)
     if matched.dtype != torch.bool:
         raise TypeError(f"matched must be bool, got {matched.dtype}")
     if matched.shape != text.shape[:1]:
         raise ValueError(f"matched must be (B,) = ({text.shape[0]},), got {tuple(matched.shape)}")
-    distance = ipot(text, image, text_mask, image_mask, beta=beta, iters=iters, impl=impl).distance
-    signed = torch.where(matched, distance, -distance)
-    return signed.sum() * (weight / max(1, matched.shape[0]))
+    _check_device("matched", matched, text.device)
+    _check_ipot(beta, iters, 1, None)
+    if text.dtype == torch.float16:
+        # Gradients written in the forward would underflow before they meet a loss scale.
+        distance = ipot(text, image, text_mask, image_mask, beta=beta, iters=iters, impl=impl)[0]
+        return signed_sum(distance, matched) * (weight / max(1, matched.shape[0]))
+    run = _choose(_WRA, impl, text, (*text.shape[:2], *image.shape[1:]))
+    return run(text, image, text_mask, image_mask, matched.contiguous(), beta, iters, weight)
 
 
-def _checked_mask(name: str, mask: Tensor | None, features: Tensor) -> Tensor:
-    """The mask, or one that is True everywhere."""
+def _choose(op: Op, impl: str, like: Tensor, shape: tuple[int, ...]) -> Callable:
+    """The implementation; where there is nothing to compute, the reference says so."""
+    run = op.choose(impl, like.device, dtype=like.dtype, shape=tuple(shape))
+    return op.implementations["reference"].run if 0 in shape else run
+
+
+def _ipot_output(solved: tuple[Tensor, ...], return_plan: bool) -> TransportOutput:
+    distance, plan, f, g, num_iters = solved
+    return TransportOutput(distance, distance, plan if return_plan else None, f, g, num_iters)
+
+
+def _with_dustbin(
+    cost: Tensor, a: Tensor, b: Tensor, dustbin: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dustbin = torch.as_tensor(dustbin, dtype=cost.dtype, device=cost.device)
+    if dustbin.dim() != 0:
+        raise ValueError(f"dustbin must be a number or 0-d, got {tuple(dustbin.shape)}")
+    B, M, N = cost.shape
+    cost = torch.cat([cost, dustbin.expand(B, M, 1)], 2)
+    cost = torch.cat([cost, dustbin.expand(B, 1, N + 1)], 1)
+    sums = [weights.sum(1, keepdim=True) for weights in (b, a)]
+    return cost, torch.cat([a, sums[0]], 1), torch.cat([b, sums[1]], 1)
+
+
+def _checked_features(x_name: str, x: Tensor, y_name: str, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one dtype and contiguous in their last dimension."""
+    for name, features in ((x_name, x), (y_name, y)):
+        if features.dim() != 3:
+            raise ValueError(f"{name} must be 3-d (B, tokens, D), got {tuple(features.shape)}")
+        if not features.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {features.dtype}")
+    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"{x_name} and {y_name} must share B and D, got {shapes}")
+    if x.shape[2] == 0:
+        raise ValueError(f"{x_name} and {y_name} must have D >= 1, got {tuple(x.shape)}")
+    _check_device(y_name, y, x.device)
+    if x.dtype != y.dtype:
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(dtype), y.to(dtype)
+    x, y = (f if f.stride(2) == 1 else f.contiguous() for f in (x, y))
+    return x, y
+
+
+def _checked_mask(
+    name: str, mask: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> Tensor | None:
     if mask is None:
-        return torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        return None
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be bool (True = valid), got {mask.dtype}")
-    if mask.shape != features.shape[:2]:
-        raise ValueError(
-            f"{name} must be (B, tokens) = {tuple(features.shape[:2])}, got {tuple(mask.shape)}"
-        )
-    return mask
+    if mask.shape != shape:
+        raise ValueError(f"{name} must be (B, tokens) = {tuple(shape)}, got {tuple(mask.shape)}")
+    _check_device(name, mask, device)
+    return mask.contiguous()
+
+
+def _check_cost(cost: Tensor) -> None:
+    if cost.dim() != 3:
+        raise ValueError(f"cost must be (B, M, N), got {tuple(cost.shape)}")
+    if not cost.is_floating_point():
+        raise TypeError(f"cost must be floating point, got {cost.dtype}")
+
+
+def _computed(cost: Tensor) -> Tensor:
+    """Contiguous and in the dtype of the computation."""
+    return cost.to(torch.float64 if cost.dtype == torch.float64 else torch.float32).contiguous()
 
 
 def _checked_weights(
-    name: str, weights: Tensor | None, cost: Tensor, dim: int, dtype: torch.dtype
+    name: str, weights: Tensor | None, cost: Tensor, dim: int, default: float
 ) -> Tensor:
-    """The weights, or uniform ones, in the dtype of the computation."""
+    """The weights in the dtype of the computation, or `default` everywhere."""
     shape = (cost.shape[0], cost.shape[dim])
     if weights is None:
-        return torch.full(shape, 1 / max(1, shape[1]), dtype=dtype, device=cost.device)
+        return torch.full(shape, default, dtype=cost.dtype, device=cost.device)
     if weights.shape != shape:
         raise ValueError(f"{name} must be {shape}, got {tuple(weights.shape)}")
-    return weights.to(dtype)
+    _check_device(name, weights, cost.device)
+    return weights.to(cost.dtype).contiguous()
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} as the others, got {tensor.device}")
+
+
+def _check_ipot(beta: float, iters: int, inner: int, tol: float | None) -> None:
+    _check_positive("beta", beta)
+    _check_count("iters", iters)
+    _check_count("inner", inner)
+    if tol is not None:
+        _check_positive("tol", tol)
 
 
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
+    if value == math.inf:
+        raise ValueError(f"{name} must be finite, got inf")
 
 
 def _check_count(name: str, value: int) -> None:
