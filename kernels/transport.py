@@ -368,9 +368,7 @@ def _transport_fwd_kernel(
             else:
                 # Two places for delta: the old one is read while the new one is written.
                 old, new = y0 + flip * N, y0 + (1 - flip) * N
-                _scaling_columns(
-                    E, Q, x0, old, new, y2, m, n, N, k == 0, last, BLOCK_M, BLOCK_N
-                )
+                _scaling_columns(E, Q, x0, old, new, y2, m, n, N, k == 0, last, BLOCK_M, BLOCK_N)
                 tl.debug_barrier()
                 moved = _scaling_rows(Q, new, x0, x1, x2, m, n, N, last, BLOCK_M, BLOCK_N)
                 flip = 1 - flip

@@ -98,6 +98,7 @@ __device__ inline int compact(const bool* mask, const float* weights, int size, 
 // c (16 x 8) += a (16 x 16) b (16 x 8). Lane 4 g + t has of c the elements (g, 2t), (g, 2t + 1),
 // (g + 8, 2t), (g + 8, 2t + 1); of a the pairs k = (2t, 2t + 1) of rows g and g + 8 (a0, a1) and
 // k + 8 of the same (a2, a3); of b the same k of column g (b0, b1).
+#ifndef VLPFAST_CUDA_ON_HOST
 __device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                            uint32_t b0, uint32_t b1, __nv_bfloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -113,5 +114,6 @@ __device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+#endif
 
 }  // namespace vlpfast
