@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlpfast.kernels._common import AotCase
+from vlpfast.kernels._common import INTERPRETED, AotCase
 
 # Tiles over rows and columns of a problem, and over features in the dot products.
 BLOCK_M = 32
@@ -24,6 +24,8 @@ BLOCK_OWN = 32
 BLOCK_OTHER = 32
 # The scaling form is right from here on; below, fp32 flushes entries of the plan (ops/ipot).
 LOG_DOMAIN_BETA = 0.1
+# The interpreter multiplies bit patterns of bf16: it gets fp32.
+_INTERPRETED = tl.constexpr(INTERPRETED)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NORM_EPS = tl.constexpr(1e-5)
 # What each kernel compiles with, found by the ahead-of-time gate: none spills on sm_80 or sm_90.
@@ -91,6 +93,8 @@ def _cosines(
         mask_d = offs_d[None, :] < D
         x = tl.load(x_rows + offs_d[None, :], mask=mask_m[:, None] & mask_d, other=0.0)
         y = tl.load(y_rows + offs_d[None, :], mask=mask_n[:, None] & mask_d, other=0.0)
+        if _INTERPRETED:
+            x, y = x.to(tl.float32), y.to(tl.float32)
         dots = tl.dot(x, tl.trans(y), dots, input_precision="ieee")
         x, y = x.to(tl.float32), y.to(tl.float32)
         xx += tl.sum(x * x, axis=1)
@@ -554,7 +558,7 @@ def _transport_bwd_kernel(
                 other_ptr + pid_b * stride_kb + others.to(tl.int64)[:, None] * stride_kn
                 + offs_d[None, :], mask=mask_k[:, None] & mask_d, other=0.0,
             )  # fmt: skip
-            if k.dtype == tl.bfloat16:
+            if k.dtype == tl.bfloat16 and not _INTERPRETED:
                 # The plan as a sum of two bf16: 16 bits of its 24.
                 high = t.to(tl.bfloat16)
                 z = tl.dot(high, k, z)
