@@ -654,10 +654,10 @@ def ipot_cost_fwd(
     cost: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, beta: float, iters: int, inner: int,
     tol: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`ipot_fwd` on a given cost (B, M, N)."""
+    """`ipot_fwd` on a given cost (B, M, N), in logarithms: a cost may be of any size."""
     distance, _, *rest = _solve(
         None, cost, (x_mask, y_mask), None, 1 / beta, iters, inner, tol, (None, None),
-        sinkhorn=False, log=beta < LOG_DOMAIN_BETA,
+        sinkhorn=False, log=True,
     )  # fmt: skip
     return (distance, *rest)
 
@@ -799,7 +799,7 @@ AOT_CASES = [
     *_feature_cases("fp32"),
     _aot_case(
         "ipot-cost", _transport_fwd_kernel, "cost", _FWD | _TILES, 160, FROM_COST=True,
-        SINKHORN=False, LOG=False, **_MASKS, **dict.fromkeys(_EXTRAS, False),
+        SINKHORN=False, LOG=True, **_MASKS, **dict.fromkeys(_EXTRAS, False),
     ),
     _aot_case(
         "sinkhorn", _transport_fwd_kernel, "cost", _FWD | _TILES, 232, FROM_COST=True,

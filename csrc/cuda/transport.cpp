@@ -155,8 +155,9 @@ IpotResult ipot_cost_fwd_cuda(const Tensor& cost, const std::optional<Tensor>& x
   TransportProblems problems = problems_of(cost, "ipot_cost_fwd");
   problems.x_mask = mask_of(x_mask, "ipot_cost_fwd", "x_mask");
   problems.y_mask = mask_of(y_mask, "ipot_cost_fwd", "y_mask");
-  const Solved solved = solve(problems, ipot_schedule(beta, iters, inner, tol), cost, nullptr,
-                              nullptr, "ipot_cost_fwd");
+  TransportSchedule schedule = ipot_schedule(beta, iters, inner, tol);
+  schedule.log = true;  // a cost may be of any size
+  const Solved solved = solve(problems, schedule, cost, nullptr, nullptr, "ipot_cost_fwd");
   return {solved.distance, solved.plan, solved.f, solved.g, solved.num_iters};
 }
 

@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA sources: registers, stack, spills, shared memory, blocks on an SM.
 
-    python -m tests.csrc.nvcc        the table in docs/kernels.md
+python -m tests.csrc.nvcc        the table in docs/kernels.md
 """
 
 from __future__ import annotations
