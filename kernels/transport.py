@@ -282,7 +282,7 @@ def _transport_fwd_kernel(
     Q = E + M * N
     work = work_ptr + pid_b * 3 * (M + N)
     x0, x1, x2 = work, work + M, work + 2 * M
-    y0, y1, y2 = work + 3 * M, work + 3 * M + N, work + 3 * M + 2 * N
+    y0, y2 = work + 3 * M, work + 3 * M + 2 * N
     x_ids = ids_ptr + pid_b * 2 * (M + N)
     x_slots, y_ids, y_slots = x_ids + M, x_ids + 2 * M, x_ids + 2 * M + N
     m = _compact(x_valid_ptr, pid_b, x_ids, x_slots, M, HAS_X_VALID, SINKHORN, BLOCK_M)

@@ -77,7 +77,7 @@ def usage(source: Path, arch: str) -> list[Usage]:
 
 
 def _dynamic_bytes(kernel: str) -> dict[str, int]:
-    """Dynamic shared memory by shape, for kernels whose share of an SM it decides; fp32 features."""
+    """Dynamic shared memory by shape, for the kernels whose share of an SM it decides."""
     if not kernel.startswith(("transport_scaling", "transport_log")):
         return {"": 0}
     sizes = {}

@@ -77,9 +77,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         parts.append(_on_host((ROOT / f"csrc/cuda/{stem}.cu").read_text()))
     (folder / "all.cpp").write_text("\n".join([*parts, _DRIVER]))
     command = [
-        os.environ.get("CXX", "g++"), "-shared", "-fPIC", "-o", folder / "all.so", folder / "all.cpp",
-        "-std=c++20", "-O1", "-ffp-contract=off", "-DVLPFAST_CUDA_ON_HOST", f"-I{ROOT}/csrc/include",
-        f"-I{ROOT}/tests/csrc", "-isystem", _cuda_home() / "include",
+        os.environ.get("CXX", "g++"), "-shared", "-fPIC", "-o", folder / "all.so",
+        folder / "all.cpp", "-std=c++20", "-O1", "-ffp-contract=off", "-DVLPFAST_CUDA_ON_HOST",
+        f"-I{ROOT}/csrc/include", f"-I{ROOT}/tests/csrc", "-isystem", _cuda_home() / "include",
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -152,7 +152,7 @@ def masks(B: int, M: int, N: int) -> tuple[Tensor, Tensor]:
 
 
 def truth(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, **options: float):
-    """distance, plan, f, g of the fp64 reference, and the distance as a function of the features."""
+    """distance, plan, f, g of the fp64 reference, and the distance as a function of features."""
     x_mask = torch.ones(x.shape[:2], dtype=torch.bool) if x_mask is None else x_mask
     y_mask = torch.ones(y.shape[:2], dtype=torch.bool) if y_mask is None else y_mask
     cost = reference.cosine_cost(x.double(), y.double(), x_mask, y_mask)
