@@ -17,7 +17,7 @@ from setuptools import Extension, find_packages, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).resolve().parent
-HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/include/vlpfast/*.h"))
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/include/vlpfast/*.*h"))
 STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # torch 2.11
 # Vectors are passed between inlined functions only, so how an ABI passes them does not matter.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"]

@@ -27,6 +27,7 @@ class AotCase(NamedTuple):
         max_registers: registers per thread that are accepted.
         max_shared_bytes: shared memory that is accepted; a block has 166,912 on sm_80.
         instructions: for a capability, words of SASS that must occur: {90: ("HGMMA",)}.
+        maxnreg: the launch option of that name, None to leave registers to the assembler.
     """
 
     name: str
@@ -39,6 +40,7 @@ class AotCase(NamedTuple):
     max_registers: int = 255
     max_shared_bytes: int = 166_912
     instructions: Mapping[int, Sequence[str]] = {}
+    maxnreg: int | None = None
 
 
 def configs(*choices: triton.Config) -> list[triton.Config]:

@@ -37,7 +37,20 @@ class AotReport(NamedTuple):
     registers: int
     stack_bytes: int
     shared_bytes: int
+    blocks_per_sm: int
     problems: list[str]
+
+
+def blocks_per_sm(capability: int, threads: int, registers: int, shared_bytes: int) -> int:
+    """Programs or blocks of a kernel that one multiprocessor holds at a time.
+
+    Registers are given out by the warp in units of 256; each block takes 1 KiB of shared memory
+    beyond its own. Source: CUDA C++ Programming Guide, tables of compute capabilities.
+    """
+    shared_per_sm = {80: 164, 90: 228}[capability] * 1024
+    warps = threads // 32
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256) // warps
+    return min(32, 64 // warps, by_registers, shared_per_sm // (shared_bytes + 1024))
 
 
 def stems() -> list[str]:
@@ -67,7 +80,11 @@ def compile_case(case: AotCase, capability: int) -> AotReport:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "maxnreg": case.maxnreg,
+        },
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -86,7 +103,8 @@ def compile_case(case: AotCase, capability: int) -> AotReport:
         problems.append(
             f"{shared} bytes of shared memory, at most {case.max_shared_bytes} accepted"
         )
-    return AotReport(case.name, capability, registers, stack, shared, problems)
+    blocks = blocks_per_sm(capability, 32 * case.num_warps, registers, shared)
+    return AotReport(case.name, capability, registers, stack, shared, blocks, problems)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -114,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             verdict = "; ".join(r.problems) or "ok"
             print(
                 f"{r.case:28} sm_{r.capability} {r.registers:4} registers {r.stack_bytes:4} B stack"
-                f" {r.shared_bytes:7} B shared  {verdict}"
+                f" {r.shared_bytes:7} B shared {r.blocks_per_sm:3} blocks/SM  {verdict}"
             )
     return int(any(r.problems for r in reports))
 

@@ -18,8 +18,10 @@ from vlpfast import _ext
 ROOT = Path(__file__).parents[2]
 CUDA = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 GLUE = sorted((ROOT / "csrc/cuda").glob("*.cpp"))
-# Registers a thread of any kernel here may use: 65536 / 128 threads / 4 blocks on an SM.
-MAX_REGISTERS = 128
+# Registers a thread of any kernel of a file may use; an SM has 65536.
+# keep_ids: 4 blocks of 128 threads. transport: 1 block of 512, whose state fills them; 64 x 577
+# takes the shared memory too. transport_grad: 3 blocks of 128, 64 of the registers accumulators.
+MAX_REGISTERS = {"keep_ids": 128, "transport": 128, "transport_grad": 168}
 
 
 def _cuda_home() -> Path:
@@ -72,7 +74,7 @@ def test_cuda_source_compiles_without_spills(source, arch, tmp_path):
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", usage)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", usage)]
     assert registers, f"no kernel in {source.name}"
-    assert max(registers) <= MAX_REGISTERS
+    assert max(registers) <= MAX_REGISTERS[source.stem]
     assert set(spills) == {0}, usage
 
 
