@@ -117,7 +117,7 @@ def _exp(x):
 def _expm1(x):
     """exp(x) - 1; by its series where the difference would lose more than that is off."""
     series = x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))))
-    return tl.where(tl.abs(x) < 0.1, series, _exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.1, series, tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -189,10 +189,10 @@ def _log_sums(
     """log of the sum over the other side of w exp(p + s E), for the entries `offs` of one side.
 
     `base` is log w where the weights are all the same. Exponents are large numbers with small
-    differences, so they are fp64; what is left after taking off the highest is fp32.
+    differences, so they are fp64; exp alone, after taking off the highest, is fp32.
     """
     top = tl.full((BLOCK,), float("-inf"), tl.float64)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, other, OTHER):
         offs_o = start + tl.arange(0, OTHER)
         mask_o = offs_o < other
@@ -205,10 +205,11 @@ def _log_sums(
             p += tl.log(tl.load(weights_ptr + place, mask=mask_o, other=1.0).to(tl.float64))
         z = tl.where(mask_o[None, :], p[None, :] + s * e, float("-inf"))
         highest = tl.maximum(top, tl.max(z, axis=1))
-        total *= tl.exp((top - highest).to(tl.float32))
-        total += tl.sum(tl.exp((z - highest[:, None]).to(tl.float32)), axis=1)
+        total *= tl.exp((top - highest).to(tl.float32)).to(tl.float64)
+        terms = tl.exp((z - highest[:, None]).to(tl.float32))
+        total += tl.sum(terms.to(tl.float64), axis=1)
         top = highest
-    return top + tl.log(total).to(tl.float64)
+    return top + tl.log(total)
 
 
 @triton.jit
@@ -261,11 +262,32 @@ def _log_rows(
 
 
 @triton.jit
+def _dual_side(
+    p_ptr, eps, weights_ptr, ids_ptr, size, tau, HAS_TAU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum_i w_i phi(eps p_i; tau) and sum_i w_i of one side, fp64: they nearly cancel."""
+    dual = tl.full((), 0.0, tl.float64)
+    mass = tl.full((), 0.0, tl.float64)
+    for start in range(0, size, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < size
+        f = eps * tl.load(p_ptr + offs, mask=mask, other=0.0)
+        place = tl.load(ids_ptr + offs, mask=mask, other=0)
+        weight = tl.load(weights_ptr + place, mask=mask, other=0.0).to(tl.float64)
+        if HAS_TAU:
+            f = -tau * _expm1(-f / tau)
+        dual += tl.sum(weight * f, axis=0)
+        mass += tl.sum(weight, axis=0)
+    return dual, mass
+
+
+@triton.jit
 def _transport_fwd_kernel(
     x_ptr, y_ptr, cost_ptr, x_valid_ptr, y_valid_ptr, f_init_ptr,
     state_ptr, work_ptr, ids_ptr, distance_ptr, value_ptr, plan_ptr, f_ptr, g_ptr, num_iters_ptr,
     M, N, D, stride_xb, stride_xm, stride_yb, stride_yn,
-    rate, iters, inner, tol, damp_a, damp_b, tau_a, tau_b,
+    rate, rate_low, iters, inner, tol, damp_a, damp_b, tau_a, tau_b,
     FROM_COST: tl.constexpr, SINKHORN: tl.constexpr, LOG: tl.constexpr,
     HAS_X_VALID: tl.constexpr, HAS_Y_VALID: tl.constexpr, HAS_F_INIT: tl.constexpr,
     HAS_TOL: tl.constexpr, HAS_TAU_A: tl.constexpr, HAS_TAU_B: tl.constexpr,
@@ -273,8 +295,8 @@ def _transport_fwd_kernel(
 ):  # fmt: skip
     """E = cosine (or -cost), then iterations, then distance, plan and potentials of one problem.
 
-    `rate` is 1 / beta or 1 / eps. A cosine instead of 1 - cosine scales delta only, which g makes
-    up for at the end, and it is rounded more finely.
+    `rate` + `rate_low` is 1 / beta or 1 / eps. A cosine instead of 1 - cosine scales delta only,
+    which g makes up for at the end, and it is rounded more finely.
     """
     SHIFT: tl.constexpr = 0.0 if FROM_COST else 1.0  # cost = SHIFT - E
     pid_b = tl.program_id(0).to(tl.int64)
@@ -293,6 +315,7 @@ def _transport_fwd_kernel(
         b_ptr += pid_b * N
     precise: tl.constexpr = tl.float64 if LOG else tl.float32
     log_m, log_n = tl.log(m.to(precise)), tl.log(n.to(precise))
+    s_step = tl.full((), 0.0, precise) + rate + rate_low
     plan = plan_ptr + pid_b * M * N
 
     # The plan's memory keeps E where the state holds A.
@@ -329,7 +352,7 @@ def _transport_fwd_kernel(
             if HAS_F_INIT:
                 rows = _ids(x_ids, offs_m, m, HAS_X_VALID)
                 begin = tl.load(f_init_ptr + pid_b * M + rows, mask=mask_m, other=0.0)
-                begin = begin.to(precise) * rate
+                begin = begin.to(precise) * s_step
             tl.store(x0 + offs_m, begin, mask=mask_m)
             tl.store(x1 + offs_m, begin, mask=mask_m)
             tl.store(x2 + offs_m, zeros + log_m, mask=mask_m)  # sigma = 1 / m
@@ -350,7 +373,6 @@ def _transport_fwd_kernel(
     if not going:
         m *= 0
         n *= 0
-    s_step = tl.full((), 0.0, precise) + rate
     s = s_step
     while going:
         moved = tl.full((), 0.0, precise)
@@ -426,11 +448,14 @@ def _transport_fwd_kernel(
             inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
             tl.store(plan + offs_m[:, None] * N + offs_n[None, :], transported, mask=inside)
 
-    eps = 1.0 / rate
+    eps = 1.0 / s_step
     if not SINKHORN:
-        eps = 1.0 / (rate * tl.maximum(t, 1))
-    value = 0.0
-    sum_a, sum_b = 0.0, 0.0
+        eps = 1.0 / (s_step * tl.maximum(t, 1))
+    if SINKHORN:
+        dual, sum_a = _dual_side(x2, eps, a_ptr, x_ids, m, tau_a, HAS_TAU_A, BLOCK_M)
+        dual_b, sum_b = _dual_side(y0, eps, b_ptr, y_ids, n, tau_b, HAS_TAU_B, BLOCK_N)
+        value = dual + dual_b - eps * (mass.to(tl.float64) - sum_a * sum_b)
+        tl.store(value_ptr + pid_b, value.to(tl.float32))
     for m0 in range(0, M, BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         rows = _slots(x_slots, offs_m, M, HAS_X_VALID)
@@ -439,10 +464,6 @@ def _transport_fwd_kernel(
         if not LOG:
             f = tl.where(mask, f + eps * log_m, 0.0)
         tl.store(f_ptr + pid_b * M + offs_m, f, mask=offs_m < M)
-        if SINKHORN:
-            a = tl.load(a_ptr + offs_m, mask=mask, other=0.0)
-            value += tl.sum(a * (tau_a * -_expm1(-f / tau_a) if HAS_TAU_A else f), axis=0)
-            sum_a += tl.sum(a, axis=0)
     for n0 in range(0, N, BLOCK_N):
         offs_n = n0 + tl.arange(0, BLOCK_N)
         cols = _slots(y_slots, offs_n, N, HAS_Y_VALID)
@@ -453,14 +474,8 @@ def _transport_fwd_kernel(
             g = eps * (tl.load(y2 + cols, mask=mask, other=0.0) + log_n) + SHIFT
         g = tl.where(mask, g, 0.0)
         tl.store(g_ptr + pid_b * N + offs_n, g, mask=offs_n < N)
-        if SINKHORN:
-            b = tl.load(b_ptr + offs_n, mask=mask, other=0.0)
-            value += tl.sum(b * (tau_b * -_expm1(-g / tau_b) if HAS_TAU_B else g), axis=0)
-            sum_b += tl.sum(b, axis=0)
     tl.store(distance_ptr + pid_b, distance)
     tl.store(num_iters_ptr + pid_b, t.to(tl.int64))
-    if SINKHORN:
-        tl.store(value_ptr + pid_b, value - eps * (mass - sum_a * sum_b))
 
 
 @triton.jit
@@ -601,6 +616,11 @@ def _max_registers(feature: str, sinkhorn: bool) -> int | None:
     return 160 if feature != "fp32" and not sinkhorn else None
 
 
+def _rounding(value: float) -> float:
+    """What fp32, the type of a kernel's scalars, takes off a number."""
+    return value - torch.tensor(value, dtype=torch.float32, device="cpu").item()
+
+
 def _feature_name(features: tuple[Tensor, Tensor] | None) -> str:
     """Triton's name of the features' type, or "cost" where there are none."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -627,7 +647,8 @@ def _solve(
         x, y, cost, *valid, f_init,
         state, work, ids, distance, value, plan, f, g, num_iters,
         M, N, x.shape[2] if features else 0, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-        rate, iters, inner, tol or 0.0, damp_a, damp_b, tau[0] or 1.0, tau[1] or 1.0,
+        rate, _rounding(rate), iters, inner, tol or 0.0, damp_a, damp_b, tau[0] or 1.0,
+        tau[1] or 1.0,
         FROM_COST=features is None, SINKHORN=sinkhorn, LOG=log,
         HAS_X_VALID=valid[0] is not None, HAS_Y_VALID=valid[1] is not None,
         HAS_F_INIT=f_init is not None, HAS_TOL=tol is not None,

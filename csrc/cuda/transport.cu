@@ -123,19 +123,22 @@ __device__ void for_each(const Problem& problem, int rows, const Visit& visit) {
 }
 
 // Sum over the block, the same in all threads.
-__device__ float block_sum(float value, float* reduced) {
+template <typename T>
+__device__ T block_sum(T value, float* memory) {
+  T* reduced = reinterpret_cast<T*>(memory);  // 32 floats hold 16 of either type
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAll, value, step);
   __syncthreads();  // an earlier sum has been read
   if (lane_id() == 0) reduced[warp_id()] = value;
   __syncthreads();
-  float total = 0.0f;
+  T total = 0;
   for (int w = 0; w < kTransportWarps; ++w) total += reduced[w];
   return total;
 }
 
 // Over the lanes of a column: those with the same lane % 8.
-__device__ float column_sum(float value) {
+template <typename T>
+__device__ T column_sum(T value) {
   value += __shfl_xor_sync(kAll, value, 8);
   return value + __shfl_xor_sync(kAll, value, 16);
 }
@@ -396,7 +399,8 @@ __device__ double log_weight(const float* weights, const uint16_t* ids, int i, d
 // memory p = f + log a and q = g + log b. IPOT's step begins at 2 f - (f before), which is where its
 // warm sigma puts it; `start` is that f. Returns parts of distance, mass and, for Sinkhorn, value.
 struct LogResult {
-  float distance, mass, dual, sum_a, sum_b;
+  float distance;
+  double mass, dual, sum_a, sum_b;  // these nearly cancel
 };
 
 __device__ LogResult solve_log(const TransportProblems& problems, const Problem& problem,
@@ -437,7 +441,7 @@ __device__ LogResult solve_log(const TransportProblems& problems, const Problem&
         }
         top = fmax(top, __shfl_xor_sync(kAll, top, 8));
         top = fmax(top, __shfl_xor_sync(kAll, top, 16));
-        float total = 0.0f;
+        double total = 0;
         for (int i = 4 * t; i < m; i += 16) {
           const float4 e4 = *reinterpret_cast<const float4*>(column + i);
           const float e[4] = {e4.x, e4.y, e4.z, e4.w};
@@ -448,7 +452,7 @@ __device__ LogResult solve_log(const TransportProblems& problems, const Problem&
         }
         total = column_sum(total);
         if (t == 0 && j < n) {
-          shared.q[j] = -schedule.damp_b * (top + logf(total)) +
+          shared.q[j] = -schedule.damp_b * (top + log(total)) +
                         log_weight(b, shared.cols, j, -log_n);
         }
       }
@@ -458,13 +462,13 @@ __device__ LogResult solve_log(const TransportProblems& problems, const Problem&
         double top = -INFINITY;
         for (int j = lane; j < n; j += kWarp) top = fmax(top, shared.q[j] + s * shared.e[j * ld + i]);
         for (int x = 16; x > 0; x /= 2) top = fmax(top, __shfl_xor_sync(kAll, top, x));
-        float total = 0.0f;
+        double total = 0;
         for (int j = lane; j < n; j += kWarp) {
           total += expf(static_cast<float>(shared.q[j] + s * shared.e[j * ld + i] - top));
         }
         for (int x = 16; x > 0; x /= 2) total += __shfl_xor_sync(kAll, total, x);
         if (lane == 0) {
-          const double f = -schedule.damp_a * (top + logf(total));
+          const double f = -schedule.damp_a * (top + log(total));
           double next = f;
           if (last) {
             moved |= fabs(f - shared.start[i]) > schedule.tol * schedule.rate;
@@ -493,7 +497,7 @@ __device__ LogResult solve_log(const TransportProblems& problems, const Problem&
     shared.p[i] = shared.f_log[i] + log_weight(a, shared.rows, i, -log_m);
     if (schedule.sinkhorn) {
       const float weight = a[shared.rows[i]];
-      result.dual += static_cast<float>(weight * phi(f, schedule.tau_a));
+      result.dual += weight * phi(f, schedule.tau_a);
       result.sum_a += weight;
     }
   }
@@ -503,7 +507,7 @@ __device__ LogResult solve_log(const TransportProblems& problems, const Problem&
     output.g[shared.cols[j]] = static_cast<float>(value);
     if (schedule.sinkhorn) {
       const float weight = b[shared.cols[j]];
-      result.dual += static_cast<float>(weight * phi(value, schedule.tau_b));
+      result.dual += weight * phi(value, schedule.tau_b);
       result.sum_b += weight;
     }
   }
@@ -635,11 +639,11 @@ __global__ void __launch_bounds__(kTransportThreads, 1)
                                        &num_iters);
       distance = block_sum(part.distance, shared.reduced);
       if (schedule.sinkhorn) {
-        const float dual = block_sum(part.dual, shared.reduced);
-        const float mass = block_sum(part.mass, shared.reduced);
-        const float sum_a = block_sum(part.sum_a, shared.reduced);
-        const float sum_b = block_sum(part.sum_b, shared.reduced);
-        value = dual - static_cast<float>(1.0 / schedule.rate) * (mass - sum_a * sum_b);
+        const double dual = block_sum(part.dual, shared.reduced);
+        const double mass = block_sum(part.mass, shared.reduced);
+        const double sum_a = block_sum(part.sum_a, shared.reduced);
+        const double sum_b = block_sum(part.sum_b, shared.reduced);
+        value = static_cast<float>(dual - (mass - sum_a * sum_b) / schedule.rate);
       }
     } else {
       const Output output(results, problem.M, problem.N);
