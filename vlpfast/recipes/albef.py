@@ -87,7 +87,9 @@ def scenes(
 
 
 def emoji(*, steps: int = 500) -> RunConfig:
-    """`tiny` on the emoji set."""
+    """`tiny` on the emoji set. With other `train.steps`, set `model.vision.patch_dropout_steps`
+    too.
+    """
     config = compact("tiny")
     return replace(
         config,
