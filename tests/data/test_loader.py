@@ -77,7 +77,13 @@ def test_batch(data_path, kind):
 @pytest.mark.parametrize("start", [0, 1, 5, 6, 11])
 def test_resume_anywhere(data_path, kind, start):
     """Step 5 straddles the epoch's edge (23 samples, batches of 4)."""
-    options = {"loader": kind, "hflip": 0.5, "color_jitter": 0.4, "grayscale": 0.3}
+    options = {
+        "loader": kind,
+        "zoom_out": 1.5,
+        "hflip": 0.5,
+        "color_jitter": 0.4,
+        "grayscale": 0.3,
+    }
     setup = Setup(data_path, **options)
     whole = setup.batches(13)
     for a, b in zip(whole[start:], setup.batches(13 - start, start_step=start), strict=True):
@@ -337,6 +343,7 @@ def test_where_and_seed(data_path):
     [
         ({"crop_scale": (0.5, 1.5)}, "crop_scale"),
         ({"hflip": 2.0}, "hflip"),
+        ({"zoom_out": 0.5}, "zoom_out"),
         ({"loader": "fast"}, "loader must be one of"),
         ({"interpolation": "nearest"}, "interpolation must be one of"),
         ({"where": ("parity",)}, "field=value"),
@@ -382,6 +389,29 @@ def test_hflip_rate_and_effect():
     assert 0.25 < flipped.float().mean() < 0.35
     assert out[flipped].equal(images[flipped].flip(2))
     some = augment.hflip(images[5:9], seed=1, positions=positions[5:9], probability=0.3)
+    assert some.equal(out[5:9])
+
+
+def test_zoom_out_places_the_whole_image_on_white():
+    side, num_images = 32, 400
+    images = torch.zeros(num_images, side, side, 3, dtype=torch.uint8)
+    positions = torch.arange(num_images)
+    out = augment.zoom_out(images, seed=1, positions=positions, factor=2.0)
+    # Ink is kept: a black square of side / zoom, all of it inside.
+    ink = (255 - out[..., 0].float()) / 255
+    shares = ink.sum((1, 2)).sqrt() / side
+    assert 0.49 < shares.min() < 0.53
+    assert shares.max() > 0.97
+    # log2(zoom) is uniform in [0, 1].
+    assert -shares.log2().mean() == pytest.approx(0.5, abs=0.05)
+    # Places are uniform: the centre of mass is the image's on average, and moves.
+    rows = (ink.sum(2) * torch.arange(side)).sum(1) / ink.sum((1, 2))
+    assert rows.mean() == pytest.approx((side - 1) / 2, abs=0.5)
+    assert rows.std() > 1
+    pictures = torch.stack([torch.from_numpy(np.array(picture(i))) for i in range(8)])
+    same = augment.zoom_out(pictures, seed=1, positions=positions[:8], factor=1.0)
+    assert (same.int() - pictures.int()).abs().max() <= 1
+    some = augment.zoom_out(images[5:9], seed=1, positions=positions[5:9], factor=2.0)
     assert some.equal(out[5:9])
 
 

@@ -3,6 +3,7 @@ itself.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 
 from tests._batches import make_batch
 from vlpfast.models import create_model
+from vlpfast.models.presets import preset_config
+from vlpfast.models.vlp import VLPModel
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
 from vlpfast.objectives.plan import Plan, Rows
 from vlpfast.ops.contrastive import contrastive_loss
@@ -250,6 +253,19 @@ def test_patches_are_dropped_in_training_only_and_by_position():
     torch.testing.assert_close(seen[0], seen[1])
     assert (seen[0] != seen[2]).any()
     assert seen[3] is None
+
+
+def test_the_last_steps_may_see_whole_images():
+    torch.manual_seed(0)
+    config = preset_config("flip", "tiny", vocab_size=50, image_size=32)
+    vision = replace(config.vision, patch_dropout_steps=3)
+    step = PretrainStep(VLPModel(replace(config, vision=vision)), ObjectivesConfig()).train()
+    kept = []
+    step.model.vision.register_forward_pre_hook(lambda _, args: kept.append(args[1] is not None))
+    batch = make_batch(4, image_size=32, masked=False)
+    for number in (0, 2, 3, 4):
+        step(batch, seed=1, step=number)
+    assert kept == [True, True, False, False]
 
 
 def test_objectives_that_do_not_fit_say_what_is_missing():

@@ -339,6 +339,31 @@ def test_host_bound_need_not_be_tight_and_one_chunk_is_enough(monkeypatch):
         torch.testing.assert_close(chunked, whole)
 
 
+def test_short_16_bit_rows_under_autograd_are_written_out_on_a_cpu(monkeypatch):
+    calls = []
+    original = _attention_sdpa.scaled_dot_product_attention
+    monkeypatch.setattr(
+        _attention_sdpa,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs),
+    )
+    limit = _attention_sdpa.MAX_WRITTEN_OUT
+    q = torch.randn(3, limit, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    k_lens = torch.tensor([limit, 5, 0])
+    out = attention(q, q, q, k_lens=k_lens, impl="sdpa")
+    assert not calls
+    assert (out[2] == 0).all()  # no key to see
+    (grad,) = torch.autograd.grad(out.float().square().sum(), q)
+    assert grad.isfinite().all()
+    assert (grad[2] == 0).all()
+    attention(q.detach(), q.detach(), q.detach(), k_lens=k_lens, impl="sdpa")
+    assert len(calls) == 1
+    longer = torch.randn(1, limit + 1, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    attention(longer, longer, longer, impl="sdpa")
+    attention(*(q.detach().float().requires_grad_(),) * 3, impl="sdpa")
+    assert len(calls) == 3
+
+
 def test_mask_only_where_needed(monkeypatch):
     calls = []
     original = _attention_sdpa.scaled_dot_product_attention

@@ -50,7 +50,7 @@ def test_tensorboard(tiny):
     events = EventAccumulator(str(result.run_dir / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("train/losses/itc")] == [2, 4]
     assert events.Scalars("train/losses/itc")[-1].value == pytest.approx(result.losses["itc"])
-    assert {"train/lr", "train/metrics/logit_scale", "train/data_s"} <= set(
+    assert {"train/lr", "train/metrics/logit_scale", "train/data_s", "train/cpu_s"} <= set(
         events.Tags()["scalars"]
     )
 

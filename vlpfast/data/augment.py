@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlpfast.ops.reference.counter import draw, stream, uniform
@@ -16,7 +17,9 @@ from vlpfast.ops.reference.counter import draw, stream, uniform
 _CROP_ATTEMPTS = 10
 # First counter of each use, so that all numbers of a draw are distinct; masking starts at 0x10 <<
 # 24.
-CAPTION, FLIP, CROP, JITTER, GRAYSCALE, REDRAW = (purpose << 24 for purpose in range(0x20, 0x26))
+CAPTION, FLIP, CROP, JITTER, GRAYSCALE, REDRAW, ZOOM = (
+    purpose << 24 for purpose in range(0x20, 0x27)
+)
 # ITU-R BT.601 luma, as Pillow's "L".
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -87,6 +90,25 @@ def hflip(images: Tensor, *, seed: int, positions: Tensor, probability: float) -
     """Mirrors each image (B, H, W, 3) with `probability`."""
     flipped = uniforms(seed, positions, FLIP, 1)[:, 0] < probability
     return torch.where(flipped[:, None, None, None], images.flip(2), images)
+
+
+def zoom_out(images: Tensor, *, seed: int, positions: Tensor, factor: float) -> Tensor:
+    """Shrinks uint8 images (B, H, W, 3) by 1..`factor`, log-uniform, each at a uniform place on
+    white; bilinear.
+
+    Source: Liu et al. 2016 (SSD), arXiv:1512.02325, section 3.6 ("zoom out").
+    """
+    u_zoom, u_x, u_y = uniforms(seed, positions, ZOOM, 3).unbind(1)
+    zoom = factor**u_zoom
+    # A pixel of the result at p in [-1, 1] reads the image at zoom * p + shift.
+    matrix = images.new_zeros(len(images), 2, 3, dtype=torch.float32)
+    matrix[:, 0, 0] = matrix[:, 1, 1] = zoom
+    matrix[:, 0, 2], matrix[:, 1, 2] = (zoom - 1) * (2 * u_x - 1), (zoom - 1) * (2 * u_y - 1)
+    # White is zero here: grid_sample pads with it.
+    ink = (255 - images).permute(0, 3, 1, 2).float()
+    grid = F.affine_grid(matrix, list(ink.shape), align_corners=False)
+    ink = F.grid_sample(ink, grid, align_corners=False)
+    return 255 - ink.permute(0, 2, 3, 1).round().to(torch.uint8)
 
 
 def color_jitter(images: Tensor, *, seed: int, positions: Tensor, strength: float) -> Tensor:

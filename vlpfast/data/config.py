@@ -32,6 +32,8 @@ class DataConfig:
             crop.
         crop_ratio: width / height of a training crop before it is resized to a square.
         eval_crop: "center" square or "squash" of the whole image.
+        zoom_out: largest factor by which a training crop is shrunk and placed on white; 1 is off.
+            For drawings on white, which fill more of the image in one source than in another.
         hflip: probability of a horizontal flip.
         color_jitter: strength s of brightness, contrast and saturation, factors in [1 - s, 1 + s].
         grayscale: probability of losing all colour.
@@ -58,6 +60,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     eval_crop: Literal["center", "squash"] = "center"
+    zoom_out: float = 1.0
     hflip: float = 0.0
     color_jitter: float = 0.0
     grayscale: float = 0.0
@@ -73,6 +76,8 @@ class DataConfig:
             raise ValueError(f"crop_scale must be 0 < low <= high <= 1, got {self.crop_scale}")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop_ratio must be 0 < low <= high, got {self.crop_ratio}")
+        if not self.zoom_out >= 1:
+            raise ValueError(f"zoom_out must be >= 1, got {self.zoom_out}")
         for name in ("hflip", "grayscale", "color_jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")

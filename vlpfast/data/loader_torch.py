@@ -249,6 +249,8 @@ class TorchLoader:
         if not self.train:
             return images
         config, key = self.config, {"seed": self.seed, "positions": positions}
+        if config.zoom_out > 1:
+            images = augment.zoom_out(images, **key, factor=config.zoom_out)
         if config.hflip > 0:
             images = augment.hflip(images, **key, probability=config.hflip)
         if config.color_jitter > 0:

@@ -49,6 +49,8 @@ class VisionConfig(StackConfig):
         position: "learned", or fixed 2-D "sincos" (FLIP, MAE).
         pool: "first" takes the class token, "mean" averages all tokens (FLIP).
         patch_dropout: share of patches dropped in training, before they are embedded (FLIP).
+        patch_dropout_steps: optimizer steps for which they are; 0 is all. What follows is FLIP's
+            unmasked tuning: evaluation sees whole images.
     """
 
     patch_size: int = 16
@@ -57,6 +59,7 @@ class VisionConfig(StackConfig):
     position: Literal["learned", "sincos"] = "learned"
     pool: Literal["first", "mean"] = "first"
     patch_dropout: float = 0.0
+    patch_dropout_steps: int = 0
 
 
 @dataclass(frozen=True)

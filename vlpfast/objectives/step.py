@@ -97,10 +97,10 @@ class PretrainStep(nn.Module):
         Args:
             batch: with `masked_text` and `mlm_labels` where MLM is enabled.
             seed: keys dropout and the negatives; the caller varies it by step and rank.
-            step: optimizer step, for the ramp of alpha.
+            step: optimizer step, for the ramp of alpha and the end of patch dropping.
         """
         alpha = self.config.alpha_at(step)
-        kept = self._kept_patches(batch)
+        kept = self._kept_patches(batch, step)
         student = self._encode(
             self.model, batch, kept, seed, self.plan.masked_text, bool(self.plan.fusion)
         )
@@ -153,11 +153,12 @@ class PretrainStep(nn.Module):
         text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2))
         return _Encoded(image, text, model.image_keys(image.tokens) if image_keys else None)
 
-    def _kept_patches(self, batch: Batch) -> Tensor | None:
+    def _kept_patches(self, batch: Batch, step: int) -> Tensor | None:
         """(B, K) ids of the patches that this step embeds; the same for student and teacher."""
-        num_patches = self.model.config.num_patches
-        num_keep = max(1, round(num_patches * (1 - self.model.config.vision.patch_dropout)))
-        if not self.training or num_keep == num_patches:
+        vision, num_patches = self.model.config.vision, self.model.config.num_patches
+        num_keep = max(1, round(num_patches * (1 - vision.patch_dropout)))
+        ended = 0 < vision.patch_dropout_steps <= step
+        if not self.training or ended or num_keep == num_patches:
             return None
         size, seed = len(batch), fold_seed(self.seed, 0)
         return keep_ids(size, num_patches, num_keep, seed=seed, sample_ids=batch.positions).ids

@@ -23,19 +23,22 @@ class Window:
         steps: how many.
         data_s: seconds waited for the loader.
         step_s: seconds in all.
+        cpu_s: CPU seconds of this process in all, its loading threads included.
         losses: sum of each loss.
     """
 
     steps: int = 0
     data_s: float = 0.0
     step_s: float = 0.0
+    cpu_s: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
 
-    def add(self, data_s: float, step_s: float, losses: Mapping[str, float]) -> None:
+    def add(self, data_s: float, step_s: float, cpu_s: float, losses: Mapping[str, float]) -> None:
         """Takes in one step."""
         self.steps += 1
         self.data_s += data_s
         self.step_s += step_s
+        self.cpu_s += cpu_s
         for name, value in losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
 

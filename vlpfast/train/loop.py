@@ -193,11 +193,12 @@ class Trainer:
         with contextlib.closing(self.open_loader(self.step * self.config.accum_freq)) as loader:
             batches = iter(loader)
             while self.step < self.total_steps and not self._stopped:
-                started = time.monotonic()
+                started, cpu = time.monotonic(), time.process_time()
                 if started - began > limit_s:
                     self._want_stop("time limit")
                 report = self._take_step(module, batches)
-                window.add(report.data_s, time.monotonic() - started, report.losses)
+                step_s, cpu_s = time.monotonic() - started, time.process_time() - cpu
+                window.add(report.data_s, step_s, cpu_s, report.losses)
                 log.advance()
                 ending = self.step == self.total_steps or self._stopped
                 if self.step % self.config.log_every_n_steps == 0 or ending:
@@ -305,6 +306,7 @@ class Trainer:
             "grad_norm": report.grad_norm,
             "data_s": window.data_s / window.steps,
             "step_s": window.step_s / window.steps,
+            "cpu_s": window.cpu_s / window.steps,
             "samples_per_s": self.global_batch * window.steps / window.step_s,
             "losses": means,
             "metrics": report.metrics,
