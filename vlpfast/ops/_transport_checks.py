@@ -31,6 +31,7 @@ def checked_features(x_name: str, x: Tensor, y_name: str, y: Tensor) -> tuple[Te
 def checked_mask(
     name: str, mask: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> Tensor | None:
+    """The mask, contiguous; None stays None."""
     if mask is None:
         return None
     if mask.dtype != torch.bool:
@@ -42,6 +43,7 @@ def checked_mask(
 
 
 def check_cost(cost: Tensor) -> None:
+    """A floating-point (B, M, N)."""
     if cost.dim() != 3:
         raise ValueError(f"cost must be (B, M, N), got {tuple(cost.shape)}")
     if not cost.is_floating_point():
@@ -67,11 +69,13 @@ def checked_weights(
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """On the device of the others."""
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} as the others, got {tensor.device}")
 
 
 def check_ipot(beta: float, iters: int, inner: int, tol: float | None) -> None:
+    """The options of `ops.ipot`."""
     check_positive("beta", beta)
     check_count("iters", iters)
     check_count("inner", inner)
@@ -80,6 +84,7 @@ def check_ipot(beta: float, iters: int, inner: int, tol: float | None) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
+    """Positive and finite."""
     if not value > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
     if value == math.inf:
@@ -87,5 +92,6 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_count(name: str, value: int) -> None:
+    """At least 1."""
     if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
