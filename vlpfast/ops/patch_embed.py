@@ -1,18 +1,22 @@
 """Patch embedding from raw pixels: only kept patches are read, normalising is in the projection.
 
-The "folded" implementation is here; the eager oracle is `reference/patch_embed.py`.
+The "folded" implementation is here, the fused ones are in `_patch_embed_fused.py`; the eager oracle
+is `reference/patch_embed.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from vlpfast import _ext
 from vlpfast.ops._dispatch import Implementation, Op
+from vlpfast.ops._patch_embed_fused import fused, fused_rejects, product_dtype
 from vlpfast.ops.reference import patch_embed as reference
 
 
@@ -43,13 +47,15 @@ def patch_embed(
         weight (D, 3, P, P): kernel of a convolution with stride P.
         bias (D,): its bias, or None.
         pos_embed (patches, D): position of each patch in raster order, or None.
-        ids (B, K): int64, patches to keep, numbered in raster order; None keeps all.
+        ids (B, K): int64, patches to keep, numbered in raster order, K up to their number; None
+            keeps all. Out of range is an error: here on a CPU, of the device on a GPU.
         patch_size: P in pixels; must divide H and W.
         mean: of R, G, B on the scale 0..1.
         std: of R, G, B on the scale 0..1.
         layout: order of the dimensions of `images`.
-        impl: "auto", "reference" (normalise, convolve, then choose) or "folded" (choose, then one
-            matrix product).
+        impl: "auto", "reference" (normalise, convolve, then choose), "folded" (choose, then one
+            matrix product), "cpp" or "triton" (the same, fused: uint8, fp32 or bf16 images that
+            need no gradient, fp32 or bf16 parameters).
 
     Returns:
         (B, K, D) or (B, patches, D), dtype of `weight` without autocast. Gradients go to weight,
@@ -64,15 +70,11 @@ def patch_embed(
     _check("bias", bias, (dim,))
     _check("pos_embed", pos_embed, (num_patches, dim))
     if ids is not None:
-        if ids.dtype != torch.int64:
-            raise TypeError(f"patch_embed: ids must be int64, got {ids.dtype}")
-        if ids.dim() != 2 or ids.shape[0] != images.shape[0]:
-            expected, got = f"({images.shape[0]}, K)", tuple(ids.shape)
-            raise ValueError(f"patch_embed: ids must be {expected}, got {got}")
+        _check_ids(ids, images.shape[0], num_patches)
     if len(mean) != 3 or len(std) != 3:
         got = f"{len(mean)} and {len(std)}"
         raise ValueError(f"patch_embed: mean and std must have 3 values each, got {got}")
-    run = _OP.choose(impl, images.device)
+    run = _OP.choose(impl, images.device, images=images, weight=weight, pos_embed=pos_embed)
     return run(
         images,
         weight,
@@ -102,6 +104,25 @@ def _check_images(images: Tensor, patch_size: int, layout: str) -> int:
     return (height // patch_size) * (width // patch_size)
 
 
+def _check_ids(ids: Tensor, batch: int, num_patches: int) -> None:
+    if ids.dtype != torch.int64:
+        raise TypeError(f"patch_embed: ids must be int64, got {ids.dtype}")
+    if ids.dim() != 2 or ids.shape[0] != batch:
+        raise ValueError(f"patch_embed: ids must be ({batch}, K), got {tuple(ids.shape)}")
+    if ids.shape[1] > num_patches:
+        raise ValueError(
+            f"patch_embed: ids must keep at most {num_patches} patches, got {ids.shape[1]}"
+        )
+    expected = f"patch_embed: ids must be in 0..{num_patches - 1}"
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        # The device checks: the host does not wait for what it finds.
+        torch._assert_async(((ids >= 0) & (ids < num_patches)).all(), expected)
+    elif ids.numel():
+        low, high = (x.item() for x in ids.aminmax())
+        if low < 0 or high >= num_patches:
+            raise ValueError(f"{expected}, got {low if low < 0 else high}")
+
+
 def _check(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
     if x is None:
         return
@@ -124,9 +145,7 @@ def _folded(
     layout: str,
 ) -> Tensor:
     """Takes the kept patches as bytes, then one matrix product."""
-    dtype, device_type = weight.dtype, images.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = product_dtype(images.device, weight)
     # W' is rounded once, for the product; the shift is summed from what was rounded.
     wide = torch.promote_types(weight.dtype, torch.float32)
     mean, std = (torch.tensor(x, dtype=wide, device=images.device) for x in (mean, std))
@@ -162,6 +181,13 @@ def _patches(images: Tensor, patch_size: int, layout: str) -> Tensor:
 
 _OP = Op(
     "patch_embed",
-    {"reference": Implementation(reference.patch_embed), "folded": Implementation(_folded)},
-    {"cpu": ("folded", "reference"), "cuda": ("folded", "reference")},
+    {
+        "reference": Implementation(reference.patch_embed),
+        "folded": Implementation(_folded),
+        "cpp": Implementation(partial(fused, "cpp"), _ext.cpp_missing, fused_rejects("cpp")),
+        "triton": Implementation(
+            partial(fused, "triton"), _ext.triton_missing, fused_rejects("triton")
+        ),
+    },
+    {"cpu": ("cpp", "folded", "reference"), "cuda": ("triton", "folded", "reference")},
 )
