@@ -69,7 +69,8 @@ inline Images images_of(const Tensor& images, int64_t P, bool hwc, const char* o
   STD_TORCH_CHECK(images.dim() == 4 && images.size(hwc ? 3 : 1) == 3, op,
                   ": images must be 4-dimensional with 3 channels");
   const int row = hwc ? 1 : 2, column = row + 1;
-  STD_TORCH_CHECK(images.stride(column) == (hwc ? 3 : 1) && (!hwc || images.stride(3) == 1), op,
+  const bool together = images.size(column) == 1 || images.stride(column) == (hwc ? 3 : 1);
+  STD_TORCH_CHECK(together && (!hwc || images.stride(3) == 1), op,
                   ": the pixels of a row of images must lie together");
   const int64_t columns = images.size(column) / P;
   STD_TORCH_CHECK(images.size(row) % P == 0 && images.size(column) % P == 0, op, ": patch_size ", P,
