@@ -140,6 +140,8 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = MappingProxyType(
             KeepIds("mae-l16-b4096-keep49", False, 4096, 196, 49),
         ),
         "patch_embed": _named(
+            PatchEmbed("flip-b16-b32-keep98", False, 32, 224, 16, 98, 768),
+            PatchEmbed("flip-b16-b32-keep49", False, 32, 224, 16, 49, 768),
             PatchEmbed("vit-b16-b256", False, 256, 224, 16, 196, 768),
             PatchEmbed("flip-b16-b256-keep98", False, 256, 224, 16, 98, 768),
             PatchEmbed("flip-l14-b1024-keep64", True, 1024, 224, 14, 64, 1024),

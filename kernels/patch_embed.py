@@ -376,18 +376,19 @@ def _aot_case(name: str, p: int, hwc: bool, bf16: bool, max_registers: int) -> A
     )
 
 
-def _pos_case() -> AotCase:
+def _small_case(name: str, kernel: object, constants: dict, **types: str) -> AotCase:
     return AotCase(
-        name="patch_embed-pos-bf16",
-        kernel=_patch_embed_bwd_pos_kernel,
-        types={"grad_ptr": "*bf16", "order_ptr": "*i64", "starts_ptr": "*i64", "out_ptr": "*fp32",
-               "batch": "i32", "num_patches": "i32", "D": "i32"},
-        constants={"HAS_IDS": True, "BLOCK_R": 16, "BLOCK_D": 128},
-        divisible=("D",),
+        name=f"patch_embed-{name}-bf16",
+        kernel=kernel,
+        types=types,
+        constants=constants,
+        divisible=("C", "D"),
         max_registers=64,
         max_shared_bytes=4096,
-    )  # fmt: skip
+    )
 
+
+_NORM = {f"{kind}_{c}": "fp32" for kind in ("scale", "shift") for c in "rgb"}
 
 AOT_CASES = [
     *(
@@ -398,5 +399,19 @@ AOT_CASES = [
     ),
     _aot_case("fwd", 16, True, False, max_registers=255),
     _aot_case("bwd", 16, True, False, max_registers=255),
-    _pos_case(),
-]
+    _small_case(
+        "pos", _patch_embed_bwd_pos_kernel, {"HAS_IDS": True, "BLOCK_R": 16, "BLOCK_D": 128},
+        grad_ptr="*bf16", order_ptr="*i64", starts_ptr="*i64", out_ptr="*fp32",
+        batch="i32", num_patches="i32", D="i32",
+    ),
+    _small_case(
+        "fold", _patch_embed_fold_kernel, {"HWC": True, "P": 16, "HAS_BIAS": True, "BLOCK_C": 512},
+        weight_ptr="*bf16", bias_ptr="*fp32", folded_ptr="*bf16", shift_ptr="*fp32", C="i32",
+        **_NORM,
+    ),
+    _small_case(
+        "unfold", _patch_embed_unfold_kernel, {"HWC": True, "P": 16, "BLOCK_C": 512},
+        partial_ptr="*fp32", grad_bias_ptr="*fp32", grad_weight_ptr="*bf16", num_splits="i32",
+        C="i32", D="i32", **_NORM,
+    ),
+]  # fmt: skip
