@@ -192,7 +192,8 @@ def load_tile(ptr, rows, mask, stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
     at = ptr + rows[:, None] * stride + offs_e[None, :]
     if E == BLOCK_E:
         return tl.load(at, mask=mask[:, None], other=0.0)
-    return tl.load(at, mask=mask[:, None] & (offs_e < E)[None, :], other=0.0)
+    else:
+        return tl.load(at, mask=mask[:, None] & (offs_e < E)[None, :], other=0.0)
 
 
 @triton.jit
@@ -210,15 +211,17 @@ def bias_rows(bias_ptr, seqs, head, positions, stride_br, stride_bh, stride_bm):
     """Pointers to the first bias of each row."""
     if bias_ptr is None:
         return positions
-    at = seqs.to(tl.int64) * stride_br + positions.to(tl.int64) * stride_bm
-    return bias_ptr + tl.cast(head, tl.int64) * stride_bh + at
+    else:
+        at = seqs.to(tl.int64) * stride_br + positions.to(tl.int64) * stride_bm
+        return bias_ptr + tl.cast(head, tl.int64) * stride_bh + at
 
 
 @triton.jit
 def block_ids(block_ptr, rows, mask):
     if block_ptr is None:
         return rows
-    return tl.load(block_ptr + rows, mask=mask, other=0)
+    else:
+        return tl.load(block_ptr + rows, mask=mask, other=0)
 
 
 @triton.jit
@@ -226,8 +229,9 @@ def dropout_keys(seed_ptr, seqs, head, positions):
     """uint32 key of each row's dropout bits, which ops/reference/attention.py defines."""
     if seed_ptr is None:
         return positions
-    key = stream_key(tl.load(seed_ptr), seqs.to(tl.int64))
-    return draw(draw(key, tl.zeros_like(seqs) + head), positions)
+    else:
+        key = stream_key(tl.load(seed_ptr), seqs.to(tl.int64))
+        return draw(draw(key, tl.zeros_like(seqs) + head), positions)
 
 
 @triton.jit

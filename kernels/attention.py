@@ -31,7 +31,27 @@ __all__ = [
 _MANY_PROGRAMS = 528
 
 
-def blocks_for(kernel: str, dtype: torch.dtype, E: int, most_rows: int) -> Blocks:
+# Heads of up to 64, and up to 128; "+" for calls with a bias, block ids or dropout. The one pass of
+# narrow heads holds q and dO as right operands, for which Ampere has registers at 32 rows.
+_HALF = {
+    "fwd": (Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 2)),
+    "fwd+": (Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2)),
+    "fwd-tall": (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2)),
+    "fwd-short": (Blocks(32, 64, 4, 2), Blocks(32, 64, 8, 2)),
+    "bwd": (Blocks(64, 64, 4, 2), Blocks(64, 32, 8, 2)),
+    "bwd+": (Blocks(64, 32, 4, 2), Blocks(64, 32, 8, 2)),
+    "bwd-short": (Blocks(32, 64, 4, 2), Blocks(32, 64, 8, 2)),
+    "dq": (Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2)),
+    "dq+": (Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2)),
+    "dkdv": (Blocks(32, 64, 4, 2), Blocks(32, 64, 8, 2)),
+    "dkdv+": (Blocks(64, 32, 4, 2), Blocks(32, 32, 8, 1)),
+    "dbias+": (Blocks(32, 64, 4, 2), Blocks(32, 64, 8, 1)),
+}
+
+
+def blocks_for(
+    kernel: str, dtype: torch.dtype, E: int, most_rows: int, *, extras: bool, hopper: bool
+) -> Blocks:
     """Tiles that spill neither on sm_80 nor on sm_90 (AOT_CASES); no GPU has timed them.
 
     Args:
@@ -39,21 +59,38 @@ def blocks_for(kernel: str, dtype: torch.dtype, E: int, most_rows: int) -> Block
         dtype: of q.
         E: head dim.
         most_rows: most rows of a query sequence, or of a tile of the plan.
+        extras: whether there is a bias, block ids or dropout.
+        hopper: for sm_90; else for sm_80.
     """
-    narrow = E <= 64
+    wide = E > 64
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 2) if narrow else Blocks(16, 32, 4, 1)
+        if wide:
+            return Blocks(16, 16, 4, 1)
+        return Blocks(32, 32, 4, 2) if kernel in ("fwd", "dq") else Blocks(32, 16, 4, 1)
+    name = kernel + "+" * extras
     if kernel in ("fwd", "bwd") and most_rows <= 32:
-        return Blocks(16 if most_rows <= 16 else 32, 64, 4, 2)
-    if kernel == "fwd" and most_rows > shared.TILE:
-        return Blocks(128, 64, 8, 3 if narrow else 2)
-    if narrow:
-        return Blocks(64, 64, 4, 3 if kernel == "fwd" else 2)
-    return Blocks(64, 64, 8, 2)
+        name = f"{kernel}-short"
+    elif kernel == "fwd" and most_rows > shared.TILE and not extras:
+        name = "fwd-tall"
+    elif kernel == "bwd" and not wide and not hopper:
+        name = "bwd-short"
+    blocks = _HALF[name][wide]
+    return blocks._replace(m=16) if most_rows <= 16 and name.endswith("short") else blocks
 
 
 def _block_e(E: int) -> int:
     return max(16, triton.next_power_of_2(E))
+
+
+def _blocks(
+    kernel: str, q: Tensor, most_rows: int, bias: Tensor | None, q_block: Tensor | None,
+    seed: Tensor | None,
+) -> Blocks:  # fmt: skip
+    return blocks_for(
+        kernel, q.dtype, q.shape[2], most_rows,
+        extras=any(x is not None for x in (bias, q_block, seed)),
+        hopper=not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9,
+    )  # fmt: skip
 
 
 def _constants(q: Tensor, causal: bool, blocks: Blocks) -> dict:
@@ -139,14 +176,16 @@ def attention_fwd(
     out = torch.empty(T, H, E, dtype=q.dtype, device=q.device)
     lse = torch.empty(T, H, dtype=torch.float32, device=q.device)
     reads = _reads(kv_index, plan)
-    blocks = blocks_for("fwd", q.dtype, E, max_q if kv_index is None else shared.TILE)
+    seed = seed if dropout_p > 0 else None
+    most_rows = max_q if kv_index is None else shared.TILE
+    blocks = _blocks("fwd", q, most_rows, bias, q_block, seed)
     parts, programs = _tiles(reads, q_spans, max_q, blocks.m)
     with torch.cuda.device_of(q):
         shared.clear(plan.covered, out)
         shared.clear_lse(plan.covered, lse)
         if programs * H > 0:
             fwd.attention_fwd_kernel[(programs * H,)](
-                q, k, v, q_spans, k_spans, q_block, k_block, bias, seed if dropout_p > 0 else None,
+                q, k, v, q_spans, k_spans, q_block, k_block, bias, seed,
                 reads.rows, reads.seqs, reads.tiles, out, lse, parts,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
                 *_numbers(bias, scale, dropout_p), **_constants(q, causal, blocks),
@@ -186,7 +225,7 @@ def attention_bwd(
         out, lse: results of `attention_fwd`; the others are its arguments.
     """
     _check(q)
-    _, H, E = q.shape
+    H = q.shape[1]
     grad_out = grad_out if grad_out.stride(2) == 1 else grad_out.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
@@ -199,7 +238,7 @@ def attention_bwd(
         *_numbers(bias, scale, dropout_p),
     )  # fmt: skip
     most_rows = shared.TILE if grouped else max_q
-    one = blocks_for("bwd", q.dtype, E, most_rows)
+    one = _blocks("bwd", q, most_rows, bias, q_block, seed)
     # Groups of more rows in the mean than a tile has are not tried in one pass.
     in_one = most_rows <= one.m or q.shape[0] <= one.m * num_groups
     small = one.m if in_one else -1
@@ -228,16 +267,16 @@ def _two_kernels(
 ) -> None:  # fmt: skip
     """dQ with delta, then dK and dV, of groups with more than `small` rows."""
     q, q_spans, k_spans = tensors[0], tensors[3], tensors[4]
-    _, H, E = q.shape
+    extras, H = (tensors[7], tensors[5], tensors[8]), q.shape[1]
     most_rows = max_q if reads.tiles is None else shared.TILE
-    blocks = blocks_for("dq", q.dtype, E, most_rows)
+    blocks = _blocks("dq", q, most_rows, *extras)
     parts, programs = _tiles(reads, q_spans, max_q, blocks.m)
     if programs * H > 0:
         bwd.attention_bwd_dq_kernel[(programs * H,)](
             *tensors, reads.tiles, out, lse, grad_out, dq, delta, parts, small, *numbers,
             **_constants(q, causal, blocks),
         )  # fmt: skip
-    blocks = blocks_for("dkdv", q.dtype, E, most_rows)
+    blocks = _blocks("dkdv", q, most_rows, *extras)
     parts = triton.cdiv(max_k, blocks.n)
     if k_spans.shape[0] * parts * H > 0:
         bwd.attention_bwd_dkdv_kernel[(k_spans.shape[0] * parts * H,)](
@@ -249,7 +288,7 @@ def _two_kernels(
 def _bias_grad(tensors, kv_index, lse, grad_out, delta, numbers, causal) -> Tensor:
     q, k, v, q_spans, k_spans, q_block, k_block, bias, seed = tensors
     R, (H, M, N) = q_spans.shape[0], bias.shape[-3:]
-    blocks = blocks_for("dbias", q.dtype, q.shape[2], M)
+    blocks = _blocks("dbias", q, M, bias, q_block, seed)
     programs = H * triton.cdiv(M, blocks.m) * triton.cdiv(N, blocks.n)
     if R * programs == 0:
         return torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
@@ -283,8 +322,9 @@ _OPTIONAL = {
 
 
 def _aot_case(
-    name: str, dtype: str, E: int = 64, most_rows: int = 64, options: str = "", causal: bool = False
-) -> AotCase:
+    name: str, dtype: str, E: int = 64, most_rows: int = 64, options: str = "",
+    causal: bool = False, capabilities: tuple[int, ...] = (80, 90),
+) -> AotCase:  # fmt: skip
     """A kernel with the tiles that the launcher takes; `options` are words of _OPTIONAL."""
     kernel = {
         "fwd": fwd.attention_fwd_kernel,
@@ -294,7 +334,10 @@ def _aot_case(
         "dbias": bwd.attention_bwd_dbias_kernel,
     }[name]
     fp32 = dtype == "fp32"
-    blocks = blocks_for(name, torch.float32 if fp32 else torch.bfloat16, E, most_rows)
+    blocks = blocks_for(
+        name, torch.float32 if fp32 else torch.bfloat16, E, most_rows,
+        extras=options not in ("", "grouped"), hopper=90 in capabilities,
+    )  # fmt: skip
     absent = {p for word, ps in _OPTIONAL.items() if word not in options for p in ps}
     constants = {
         "H": 12, "E": E, "CAUSAL": causal, "PRECISION": "tf32x3" if fp32 else "ieee",
@@ -321,24 +364,32 @@ def _aot_case(
     return AotCase(
         f"attention-{label}" + (f"-{words}" if words else ""), kernel, types, constants, divisible,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
-        instructions={80: ("HMMA",), 90: ("HGMMA",) if wide else ("HMMA",)},
+        capabilities=capabilities, instructions={80: ("HMMA",), 90: ("HGMMA",) if wide else ("HMMA",)},
     )  # fmt: skip
 
 
 _ALL = "grouped blocks bias dropout"
+_SELF = "blocks bias dropout"
 AOT_CASES = [
     _aot_case("fwd", "bf16", most_rows=16),
-    _aot_case("fwd", "bf16", most_rows=32, causal=True),
-    _aot_case("bwd", "bf16", most_rows=16),
+    _aot_case("bwd", "bf16", most_rows=16, options=_SELF),
+    _aot_case("fwd", "bf16", most_rows=32, options=_SELF),
     _aot_case("bwd", "bf16", most_rows=32, causal=True),
-    _aot_case("fwd", "bf16", most_rows=197),
-    _aot_case("fwd", "bf16", most_rows=197, causal=True),
-    _aot_case("fwd", "bf16", 128, most_rows=197),
+    _aot_case("bwd", "bf16", 128, most_rows=32, options=_SELF),
+    _aot_case("dq", "bf16", causal=True),
+    _aot_case("dkdv", "bf16", causal=True),
 ]
 for _dtype, _E in (("bf16", 64), ("bf16", 128), ("fp32", 64)):
-    for _name in ("fwd", "bwd", "dq", "dkdv"):
+    for _options in ("grouped", _ALL):
         AOT_CASES += [
-            _aot_case(_name, _dtype, _E, options="grouped"),
-            _aot_case(_name, _dtype, _E, options=_ALL),
+            _aot_case(_name, _dtype, _E, options=_options) for _name in ("fwd", "dq", "dkdv")
+        ]
+        # Narrow heads in 16 bits have tiles of their own on each generation.
+        _capabilities = [(80,), (90,)] if (_dtype, _E) == ("bf16", 64) else [(80, 90)]
+        AOT_CASES += [
+            _aot_case("bwd", _dtype, _E, options=_options, capabilities=_c) for _c in _capabilities
         ]
     AOT_CASES.append(_aot_case("dbias", _dtype, _E, options="bias dropout"))
+    if _dtype == "bf16":
+        AOT_CASES.append(_aot_case("fwd", _dtype, _E, most_rows=197))
+        AOT_CASES.append(_aot_case("fwd", _dtype, _E, most_rows=197, causal=True))

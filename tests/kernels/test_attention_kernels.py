@@ -75,7 +75,7 @@ CASES = {
 def small_blocks(monkeypatch):
     """Interpreted tiles of 16 rows, two of them a tile of the plan, and few programs for dbias."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(kernels, "blocks_for", lambda *_: Blocks(16, 16, 4, 1))
+        monkeypatch.setattr(kernels, "blocks_for", lambda *_, **__: Blocks(16, 16, 4, 1))
         monkeypatch.setattr(shared, "TILE", 32)
     monkeypatch.setattr(kernels, "_MANY_PROGRAMS", 16)
 
@@ -134,9 +134,7 @@ class Problem:
 
     def options(self) -> tuple:
         case = self.case
-        plan = shared.make_plan(
-            self.q_spans, self.k_spans.shape[0], self.kv_index, self.q.shape[0]
-        )
+        plan = shared.make_plan(self.q_spans, self.k_spans.shape[0], self.kv_index, self.q.shape[0])
         return (
             self.q_spans, self.k_spans, self.kv_index, self.q_block, self.k_block, self.bias,
             self.seed, case.blocks == "causal", case.dropout_p, case.dim**-0.5,
@@ -163,9 +161,7 @@ class Problem:
             torch.nn.functional.pad(spans[:, 1].cumsum(0), (1, 0))
             for spans in (self.q_spans, self.k_spans)
         )
-        q, k, v = (
-            x.double().detach().requires_grad_() for x in (self.q, self.k, self.v)
-        )
+        q, k, v = (x.double().detach().requires_grad_() for x in (self.q, self.k, self.v))
         inputs = [q, k, v]
         bias = None
         if self.bias is not None:
@@ -234,16 +230,13 @@ def test_matches_reference_in_fp16(impl, device, name):
 
 @on_routes
 def test_groups_are_not_tried_in_one_pass_where_they_are_large(impl, device, monkeypatch):
-    called = []
-    kernel = kernels.bwd.attention_bwd_kernel
-    monkeypatch.setattr(
-        kernels.bwd, "attention_bwd_kernel", {(2 * i,): called.append for i in range(9)}
-    )
-    block = kernels.blocks_for("bwd", torch.float32, 16, 64).m
-    check(Problem(Case((2 * block, block + 1), (5, 3), (0, 1)), device))
-    monkeypatch.setattr(kernels.bwd, "attention_bwd_kernel", kernel)
-    check(Problem(Case((2, block + 1), (5, 3), (0, 1)), device))
-    assert called == []
+    block = 16 if device.type == "cpu" else 64
+    problem = Problem(Case((2 * block, block + 1), (5, 3), (0, 1)), device)
+    # Launching it would raise.
+    monkeypatch.setattr(kernels.bwd, "attention_bwd_kernel", None)
+    check(problem)
+    with pytest.raises(TypeError, match="not subscriptable"):
+        Problem(Case((2, block + 1), (5, 3), (0, 1)), device).run()
 
 
 @on_routes
@@ -260,7 +253,7 @@ def test_rows_that_see_nothing(impl, device):
 @on_routes
 @pytest.mark.parametrize("name", ["self-everything", "grouped-everything"])
 def test_rows_in_no_sequence_are_not_read(impl, device, name):
-    clean, dirty = Problem(CASES[name], device), Problem(CASES[name], device)
+    clean, dirty = (Problem(replace(CASES[name], heads=1), device) for _ in range(2))
     for x, spans in ((dirty.q, dirty.q_spans), (dirty.k, dirty.k_spans), (dirty.v, dirty.k_spans)):
         x[shared.coverage(spans, x.shape[0]) == 0] = torch.nan
     dirty.grad[shared.coverage(dirty.q_spans, dirty.q.shape[0]) == 0] = torch.nan
@@ -277,7 +270,7 @@ def test_large_scores(impl, device):
 @on_routes
 @pytest.mark.parametrize("name", ["self-everything", "grouped-everything"])
 def test_repeat_is_bit_equal_and_inputs_stay(impl, device, name):
-    problem = Problem(CASES[name], device)
+    problem = Problem(replace(CASES[name], heads=1), device)
     inputs = [x.clone() for x in (problem.q, problem.k, problem.v, problem.bias)]
     assert_same(problem.run(), problem.run())
     assert_same([problem.q, problem.k, problem.v, problem.bias], inputs)
@@ -293,7 +286,9 @@ def test_a_sequence_alone_has_the_same_output(impl, device, name):
         s = r if problem.kv_index is None else int(problem.kv_index[r])
         alone = Problem(CASES[name], device)
         alone.q_spans, alone.k_spans = problem.q_spans[r : r + 1], problem.k_spans[s : s + 1]
-        alone.kv_index = None if problem.kv_index is None else torch.zeros_like(problem.kv_index[:1])
+        alone.kv_index = (
+            None if problem.kv_index is None else torch.zeros_like(problem.kv_index[:1])
+        )
         rows = slice(first, first + length)
         part, _ = kernels.attention_fwd(alone.q, alone.k, alone.v, *alone.options())
         torch.testing.assert_close(part[rows], out[rows])
@@ -303,7 +298,6 @@ def test_a_sequence_alone_has_the_same_output(impl, device, name):
 @on_routes
 @pytest.mark.parametrize("case", [Case(()), Case((), (3,), ()), Case((0, 0), (0, 3), (1, 1))])
 def test_empty(impl, device, case):
-    replaced = replace(case, gaps=True)
     spans, rows = spans_of(case.q, True)
     k_spans, keys = spans_of(case.q if case.k is None else case.k, True)
     q = torch.ones(rows, 2, 16, device=device)
@@ -314,7 +308,6 @@ def test_empty(impl, device, case):
     options = (spans, k_spans, index, None, None, None, None, False, 0.0, 1.0, 0, 3, plan)
     out, lse = kernels.attention_fwd(q, k, k, *options)
     grads = kernels.attention_bwd(q, q, k, k, out, lse, *options, False)
-    assert replaced.gaps
     assert (lse == -torch.inf).all()
     assert grads[3] is None
     for x in (out, *grads[:3]):
