@@ -50,15 +50,6 @@ class AttentionPlan(NamedTuple):
     tiles: Tensor
 
 
-class Blocks(NamedTuple):
-    """Tile of one program, rows x keys, and how it is compiled."""
-
-    m: int
-    n: int
-    num_warps: int
-    num_stages: int
-
-
 def make_plan(
     q_spans: Tensor, num_keys: int, kv_index: Tensor | None, num_rows: int
 ) -> AttentionPlan:

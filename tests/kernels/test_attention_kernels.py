@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from vlpfast.kernels import _attention as shared
 from vlpfast.kernels import attention as kernels
-from vlpfast.kernels._attention import Blocks
+from vlpfast.kernels._attention_tiles import Blocks
 from vlpfast.ops.reference import attention as reference
 from vlpfast.testing import assert_same, routes
 
