@@ -236,7 +236,7 @@ def test_groups_are_not_tried_in_one_pass_where_they_are_large(impl, device, mon
     monkeypatch.setattr(kernels.bwd, "attention_bwd_kernel", None)
     check(problem)
     with pytest.raises(TypeError, match="not subscriptable"):
-        Problem(Case((2, block + 1), (5, 3), (0, 1)), device).run()
+        Problem(Case((2, 17), (5, 3), (0, 1)), device).run()
 
 
 @on_routes
@@ -279,7 +279,7 @@ def test_repeat_is_bit_equal_and_inputs_stay(impl, device, name):
 @on_routes
 @pytest.mark.parametrize("name", ["grouped", "self-causal"])
 def test_a_sequence_alone_has_the_same_output(impl, device, name):
-    """Whatever shares its tiles: bits depend on the sequence and its keys."""
+    """Whatever shares its tiles; and nothing but zeros is written elsewhere."""
     problem = Problem(CASES[name], device)
     out = problem.run()["out"]
     for r, (first, length) in enumerate(problem.q_spans.tolist()):
