@@ -191,11 +191,13 @@ def assert_near_reference(impl: str, options: dict, inputs: list[Tensor], **more
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize(("impl", "device"), routes("sdpa", "cpp"))
+@pytest.mark.parametrize(("impl", "device"), routes("sdpa", "cpp", "triton"))
 @pytest.mark.parametrize("name", CASES)
 def test_matches_reference(name, impl, device, dropout_p, dtype):
     if impl == "sdpa" and dropout_p:
         pytest.skip("torch's dropout draws from a generator")
+    if impl == "triton" and device.type == "cpu":
+        pytest.skip("interpreted in tests/kernels/test_attention_kernels.py, on fewer cases")
     inputs, options, _ = build(CASES[name], dtype)
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     inputs = [x.to(device) for x in inputs]
@@ -268,10 +270,10 @@ def test_opcheck():
         spans = _attention_spans.spans_of(
             q, k, q_lens=None, k_lens=options.get("k_lens"), cu_q=options["cu_q"],
             cu_k=options.get("cu_k", options["cu_q"] if k.dim() == 3 else None),
-            kv_index=options.get("kv_index"),
+            kv_index=options.get("kv_index"), plan=False,
         )  # fmt: skip
         k, v = (x.flatten(0, -3) for x in (k, v))
-        rest = (*spans, None, None, bias[0] if bias else None, torch.tensor(1), False, 0.1, 0.3)
+        rest = (*spans[:3], None, None, bias[0] if bias else None, torch.tensor(1), False, 0.1, 0.3)
         out, lse = torch.ops.vlpfast.attention_fwd(q, k, v, *rest)
         opcheck(torch.ops.vlpfast.attention_fwd.default, q, k, v, *rest)
         bwd = torch.ops.vlpfast.attention_bwd.default
@@ -560,6 +562,17 @@ def test_gradcam_is_weight_times_positive_gradient():
         (TypeError, "k_lens must be int32 or int64", {"k_lens": torch.ones(2)}),
         (ValueError, r"kv_index must be \(2,\), got \(1,\)", {"kv_index": torch.tensor([0])}),
         (ValueError, "kv_index is needed", {"q": torch.zeros(3, 3, 2, 4)}),
+        (ValueError, r"kv_index must be in \[0, 2\), got 0 to 2", {"kv_index": torch.tensor([0, 2])}),
+        (
+            ValueError,
+            r"cu_q must ascend from 0 to 6, the tokens of q, got \[0, 4, 3, 6\]",
+            {"q": torch.zeros(6, 2, 4), "cu_q": torch.tensor([0, 4, 3, 6])},
+        ),
+        (
+            ValueError,
+            r"cu_k must ascend from 0 to 7, the tokens of k, got \[0, 3, 6\]",
+            {"k": torch.zeros(7, 2, 4), "v": torch.zeros(7, 2, 4), "cu_k": torch.tensor([0, 3, 6])},
+        ),
         (
             ValueError,
             r"q_block must be \(2, 3\)",

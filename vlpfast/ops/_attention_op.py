@@ -1,9 +1,12 @@
-"""The "cpp" implementation of `attention`: one pass forward, one backward, nothing padded.
+"""The fused implementations of `attention`: one pass forward, one backward, nothing padded.
 
-csrc/cpu/attention.cpp takes tokens as (T, H, E) and, for each sequence, its first token and length.
+Both take tokens as (T, H, E) and, for each sequence, its first token and length. "cpp" is
+csrc/cpu/attention.cpp, "triton" kernels/attention.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,25 +47,35 @@ _cpp_bwd = torch.ops.vlpfast.attention_bwd.default
 
 
 class _Attention(torch.autograd.Function):
-    """Over tokens (T, H, E); keeps q, k, v and a number for each query and head."""
+    """Over tokens (T, H, E). "cpp" keeps q, k, v and a number for each query and head, "triton" the
+    output too.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, *options):
-        out, lse = _cpp_fwd(q, k, v, *options[:5], _wide(bias), *options[5:])
-        ctx.save_for_backward(bias, q, k, v, lse)
-        ctx.options = options
+    def forward(ctx, backend, q, k, v, bias, *options):
+        fwd = _cpp_fwd if backend == "cpp" else _kernels().attention_fwd
+        out, lse = fwd(q, k, v, *options[:5], _wide(bias), *options[5:])
+        ctx.save_for_backward(bias, q, k, v, *([lse] if backend == "cpp" else [out, lse]))
+        ctx.backend, ctx.options = backend, options
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
         bias, *saved = ctx.saved_tensors
-        options, bias_grad = ctx.options, ctx.needs_input_grad[3]
-        *grads, grad_bias = _cpp_bwd(
+        options, bias_grad = ctx.options, ctx.needs_input_grad[4]
+        bwd = _cpp_bwd if ctx.backend == "cpp" else _kernels().attention_bwd
+        *grads, grad_bias = bwd(
             _rows(grad_out), *saved, *options[:5], _wide(bias), *options[5:], bias_grad
         )
         grad_bias = grad_bias.to(bias.dtype) if bias_grad else None
-        return *grads, grad_bias, *(None,) * len(options)
+        return None, *grads, grad_bias, *(None,) * len(options)
+
+
+def _kernels():
+    from vlpfast.kernels import attention
+
+    return attention
 
 
 def _wide(bias: Tensor | None) -> Tensor | None:
@@ -80,7 +93,12 @@ def _blocks(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).to(torch.int32).contiguous().view(-1)
 
 
-def cpp(
+# Widest head for which kernels/attention.py has tiles.
+_MAX_HEAD_DIM = 128
+
+
+def fused(
+    backend: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -100,19 +118,33 @@ def cpp(
     dropout_p: float,
     seed: int | Tensor | None,
 ) -> Tensor:
-    """`vlpfast.ops.attention`, same arguments."""
-    del max_q, max_k
-    spans = spans_of(q, k, q_lens=q_lens, k_lens=k_lens, cu_q=cu_q, cu_k=cu_k, kv_index=kv_index)
+    """`vlpfast.ops.attention`, same arguments, by `backend` "cpp" or "triton"."""
+    triton = backend == "triton"
+    spans = spans_of(
+        q, k, q_lens=q_lens, k_lens=k_lens, cu_q=cu_q, cu_k=cu_k, kv_index=kv_index, plan=triton
+    )
     options = (
-        *(*spans, _blocks(q_block), _blocks(k_block)),
+        *(spans.q, spans.k, spans.kv_index, _blocks(q_block), _blocks(k_block)),
         *(seed_tensor(seed, q.device), causal, dropout_p, scale),
     )
     tokens = [_rows(x) for x in (q, k, v)]
-    return _Attention.apply(*tokens, bias, *options).view(q.shape)
+    if triton:
+        options += (max_q, max_k, spans.plan)
+    return _Attention.apply(backend, *tokens, bias, *options).view(q.shape)
 
 
-def rejects(*, device: torch.device, dtype: torch.dtype, **_: object) -> str | None:
-    """Why "cpp" cannot take these arguments, or None."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"takes fp32 and bf16, got {dtype}"
-    return _ext.cpp_rejects(device)
+def rejects(backend: str) -> Callable[..., str | None]:
+    """Why `backend` cannot take these arguments, as a function for `Implementation.rejects`."""
+    on_device = _ext.cpp_rejects if backend == "cpp" else _ext.triton_rejects
+    dtypes = (torch.float32, torch.bfloat16)
+    if backend == "triton":
+        dtypes = (*dtypes, torch.float16)
+
+    def rejects(*, device: torch.device, dtype: torch.dtype, head_dim: int, **_) -> str | None:
+        if dtype not in dtypes:
+            return f"takes {', '.join(map(str, dtypes))}, got {dtype}"
+        if backend == "triton" and head_dim > _MAX_HEAD_DIM:
+            return f"takes heads of up to {_MAX_HEAD_DIM}, got {head_dim}"
+        return on_device(device)
+
+    return rejects

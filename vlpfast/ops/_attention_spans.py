@@ -18,11 +18,13 @@ class Spans(NamedTuple):
         q (R, 2): int32, first token and length of each query sequence.
         k (B_k, 2): the same for key sequences.
         kv_index (R,): int64, the key sequence that each query sequence reads; None: its own.
+        plan: `kernels.attention.AttentionPlan`, where Triton runs; else None.
     """
 
     q: Tensor
     k: Tensor
     kv_index: Tensor | None
+    plan: NamedTuple | None
 
 
 # (weak references, versions, numbers, spans) of the last calls, the latest first.
@@ -39,15 +41,16 @@ def spans_of(
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     kv_index: Tensor | None,
+    plan: bool,
 ) -> Spans:
-    """The spans of an attention call; q, k as the caller gave them.
+    """The spans of an attention call; q, k as the caller gave them, `plan` for Triton.
 
     A step's layers share their lengths and readers, so the tensors of the last calls are remembered
     (weakly) with what was made of them, as long as they are not changed.
     """
     tensors = (cu_q, q_lens, cu_k, k_lens, kv_index)
     # Dense inputs are described by their shapes alone.
-    numbers = (q.shape[:-2], k.shape[:-2], q.device)
+    numbers = (q.shape[:-2], k.shape[:-2], q.device, plan)
     remember = not torch.compiler.is_compiling() and not any(
         t is not None and t.is_inference() for t in tensors
     )
@@ -55,7 +58,7 @@ def spans_of(
         for refs, versions, known, spans in _remembered:
             if known == numbers and _alive(tensors, refs, versions):
                 return spans
-    spans = _make(q, k, *tensors)
+    spans = _make(q, k, *tensors, plan=plan)
     if remember:
         refs = [None if t is None else weakref.ref(t) for t in tensors]
         versions = [None if t is None else t._version for t in tensors]
@@ -72,9 +75,20 @@ def _alive(tensors: tuple[Tensor | None, ...], refs: list, versions: list) -> bo
     )
 
 
-def _make(q, k, cu_q, q_lens, cu_k, k_lens, kv_index) -> Spans:
+def _make(q, k, cu_q, q_lens, cu_k, k_lens, kv_index, *, plan: bool) -> Spans:
+    q_spans = _side(q, cu_q, q_lens)
+    # One tensor for both tells a kernel that they are the same; a compiled graph has no aliases.
+    same = q.shape[:-2] == k.shape[:-2] and cu_k is cu_q and k_lens is q_lens
+    same = same and not torch.compiler.is_compiling()
+    k_spans = q_spans if same else _side(k, cu_k, k_lens)
     index = None if kv_index is None else kv_index.to(torch.int64)
-    return Spans(_side(q, cu_q, q_lens), _side(k, cu_k, k_lens), index)
+    made = None
+    if plan:
+        from vlpfast.kernels.attention import make_plan
+
+        num_queries = q.shape[:-2].numel()
+        made = make_plan(q_spans, k_spans.shape[0], index, num_queries)
+    return Spans(q_spans, k_spans, index, made)
 
 
 def _side(x: Tensor, cu: Tensor | None, lens: Tensor | None) -> Tensor:

@@ -1,13 +1,14 @@
 """Attention for towers and fusion: dense or packed, keys shared by many queries, block masks.
 
-Checks, defaults and the choice of implementation are here; "cpp" is `_attention_op.py`, "sdpa"
-`_attention_sdpa.py`, the eager oracle `reference/attention.py`.
+Checks, defaults and the choice of implementation are here; "cpp" and "triton" are
+`_attention_op.py`, "sdpa" is `_attention_sdpa.py`, the eager oracle is `reference/attention.py`.
 
 Letters: R query sequences (B when dense), B_k key sequences, T tokens of a packed tensor.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -69,9 +70,9 @@ def attention(
             sequence r, head, query position, key position), so packed and padded inputs drop the
             same weights; `reference/attention.py` has the bits.
         scale: factor of the scores; default E ** -0.5.
-        impl: "auto", "cpp" (one pass forward and one backward, nothing padded or copied, no scores
-            or masks stored; fp32 and bf16), "sdpa" (torch's fused kernels over padded sequences; no
-            dropout) or "reference" (explicit softmax).
+        impl: "auto", "cpp" and "triton" (one pass forward and one backward, nothing padded or
+            copied, no scores or masks stored; fp32 and bf16, "triton" fp16 too), "sdpa" (torch's
+            fused kernels over padded sequences; no dropout) or "reference" (explicit softmax).
         max_q: host-side upper bound of the packed queries' lengths. Without it the shape of `bias`
             gives it, else the device is asked, which waits (and breaks a compiled graph).
         max_k: the same for packed keys.
@@ -288,8 +289,15 @@ _OP = Op(
     "attention",
     {
         "reference": Implementation(reference.attention),
-        "cpp": Implementation(_attention_op.cpp, _ext.cpp_missing, _attention_op.rejects),
+        "cpp": Implementation(
+            partial(_attention_op.fused, "cpp"), _ext.cpp_missing, _attention_op.rejects("cpp")
+        ),
+        "triton": Implementation(
+            partial(_attention_op.fused, "triton"),
+            _ext.triton_missing,
+            _attention_op.rejects("triton"),
+        ),
         "sdpa": Implementation(_attention_sdpa.sdpa, rejects=_attention_sdpa.rejects),
     },
-    {"cpu": ("cpp", "sdpa", "reference"), "cuda": ("sdpa", "reference")},
+    {"cpu": ("cpp", "sdpa", "reference"), "cuda": ("triton", "sdpa", "reference")},
 )
