@@ -562,7 +562,11 @@ def test_gradcam_is_weight_times_positive_gradient():
         (TypeError, "k_lens must be int32 or int64", {"k_lens": torch.ones(2)}),
         (ValueError, r"kv_index must be \(2,\), got \(1,\)", {"kv_index": torch.tensor([0])}),
         (ValueError, "kv_index is needed", {"q": torch.zeros(3, 3, 2, 4)}),
-        (ValueError, r"kv_index must be in \[0, 2\), got 0 to 2", {"kv_index": torch.tensor([0, 2])}),
+        (
+            ValueError,
+            r"kv_index must be in \[0, 2\), got 0 to 2",
+            {"kv_index": torch.tensor([0, 2])},
+        ),
         (
             ValueError,
             r"cu_q must ascend from 0 to 6, the tokens of q, got \[0, 4, 3, 6\]",
