@@ -80,7 +80,7 @@ stage_bench() {
 }
 
 ops() {
-  if [ -n "${OPS:-}" ]; then echo "$OPS"; else "$PYTHON" -c 'from benchmarks.run import ops_with_benchmark; print(*ops_with_benchmark())'; fi
+  if [ -n "${OPS:-}" ]; then echo "$OPS"; else "$PYTHON" -c 'from benchmarks.harness import names; print(*names())'; fi
 }
 
 stage_profile() {

@@ -1,7 +1,8 @@
 """Measures one op: every implementation, shape, dtype and direction, in interleaved rounds, into
 rows.
 
-A benchmark module `benchmarks/ops/bench_<op>.py` is a `Bench`; README.md shows one.
+A benchmark module `benchmarks/ops/bench_<op>.py` is a `Bench`, and so is a whole step's,
+`benchmarks/step/bench_<system>.py`, under the name `step_<system>`; README.md shows one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -33,6 +35,8 @@ from benchmarks.timing import (
 Inputs = dict[str, object]
 Run = Callable[[Inputs], object]
 
+# What the names of whole steps begin with.
+STEP = "step_"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int64": torch.int64}
 
 
@@ -40,10 +44,12 @@ class Bench(Protocol):
     """What a benchmark module gives.
 
     Attributes:
-        OP: the op's stem, a key of shapes.SHAPES; its tests are tests/ops/test_<OP>.py.
+        OP: the op's stem, a key of shapes.SHAPES; its tests are tests/ops/test_<OP>.py, those
+            of a whole step the module's `TESTS`.
         SHAPES: its workloads by name, from shapes.SHAPES.
         DTYPES: names of DTYPES it is measured in.
-        DIRECTIONS: ("fwd",), or ("fwd", "bwd", "both") for an op with gradients.
+        DIRECTIONS: ("fwd",), or ("fwd", "bwd", "both") for an op with gradients; ("step",) for a
+            training step, which is a call that has its backward in it.
         BASELINE: the implementation ratios compare with: the best public one that runs everywhere.
     """
 
@@ -72,13 +78,29 @@ def load(op: str) -> Bench:
     Raises:
         ValueError: the op has none.
     """
-    name = f"benchmarks.ops.bench_{op}"
+    folder, stem = ("step", op.removeprefix(STEP)) if op.startswith(STEP) else ("ops", op)
+    name = f"benchmarks.{folder}.bench_{stem}"
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ValueError(f"{op}: benchmarks/ops/bench_{op}.py is missing") from error
+        raise ValueError(f"{op}: benchmarks/{folder}/bench_{stem}.py is missing") from error
+
+
+def names() -> list[str]:
+    """Everything that has a benchmark module: ops, then whole steps."""
+    folders = (("ops", ""), ("step", STEP))
+    return [
+        prefix + path.stem.removeprefix("bench_")
+        for folder, prefix in folders
+        for path in sorted((Path(__file__).parent / folder).glob("bench_*.py"))
+    ]
+
+
+def tests(op: str) -> tuple[str, ...]:
+    """Test files that must be green before rows of `op` are recorded."""
+    return load(op).TESTS if op.startswith(STEP) else (f"tests/ops/test_{op}.py",)
 
 
 @dataclass(frozen=True)
@@ -133,12 +155,13 @@ def _differentiable(result: object) -> list[Tensor]:
 
 
 def directed(run: Run, inputs: Inputs, direction: str) -> Call:
-    """A call of no arguments that does the forward, the backward alone, or both.
+    """A call of no arguments that does the forward, the backward alone, or both; a step is called
+    as it is.
 
     The forward runs as in training, keeping what its backward needs; the backward draws random
     output gradients beforehand.
     """
-    if direction == "fwd":
+    if direction in ("fwd", "step"):
         return lambda: run(inputs)
     leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
     outputs = _differentiable(run(inputs))
@@ -149,7 +172,7 @@ def directed(run: Run, inputs: Inputs, direction: str) -> Call:
         return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
     if direction == "both":
         return lambda: torch.autograd.grad(_differentiable(run(inputs)), leaves, grads)
-    raise ValueError(f"direction must be 'fwd', 'bwd' or 'both', got {direction!r}")
+    raise ValueError(f"direction must be 'fwd', 'bwd', 'both' or 'step', got {direction!r}")
 
 
 class Sampler(Protocol):

@@ -12,11 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.rows import OWN, RESULTS, Ceiling, Row, latest, load_machine
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, samples_per_s
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
-_COLOURS = {"reference": "#9aa5b1", "cpp": "#2f7ed8", "triton": "#e8833a", "cuda": "#4aa564"}
+_COLOURS = {
+    "reference": "#9aa5b1",
+    "cpp": "#2f7ed8",
+    "triton": "#e8833a",
+    "cuda": "#4aa564",
+    "vlpfast": "#2f7ed8",
+}
 _PEER_COLOUR = "#c9b8d8"
 
 
@@ -46,7 +52,9 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
     speed = "" if row.ratio_p50 is None or row.impl == row.baseline else f" ({row.ratio_p50:.3g}x)"
-    return f"{row.ms_p50:.3g} ms{speed}"
+    rate = samples_per_s(row.op, row.shape, row.ms_p50)
+    samples = "" if rate is None else f", {rate:.3g}/s"
+    return f"{row.ms_p50:.3g} ms{speed}{samples}"
 
 
 def table(rows: Sequence[Row], *, headline: bool) -> str:

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-# The library's implementations; every other name is a peer.
-OWN = ("reference", "cpp", "triton", "cuda")
+# The library's implementations, and its whole step; every other name is a peer.
+OWN = ("reference", "cpp", "triton", "cuda", "vlpfast")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Row:
 
     Attributes:
         op, impl, shape, dtype: what ran; `impl` is `<name>@<ref>` where another revision ran.
-        direction: "fwd", "bwd" or "both"; the column is called `pass`.
+        direction: "fwd", "bwd" or "both", or "step" for a whole training step; the column is
+            called `pass`.
         ms_p50, ms_p20, ms_p80: quantiles over rounds of the time of one call.
         ratio_p50, ratio_p20, ratio_p80: quantiles over rounds of baseline time / this time, > 1 is
             faster than the baseline.

@@ -82,23 +82,17 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def ops_with_benchmark() -> list[str]:
-    """Every op that has a `bench_<op>.py`."""
-    return sorted(
-        p.stem.removeprefix("bench_") for p in (_ROOT / "benchmarks" / "ops").glob("bench_*.py")
-    )
-
-
 def run_tests(op: str) -> str | None:
     """Runs the op's tests; why its rows may not be recorded, or None if every test that could run
     passed."""
-    path = f"tests/ops/test_{op}.py"
-    if not (_ROOT / path).exists():
-        return f"{path} is missing"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path]
+    paths = harness.tests(op)
+    missing = [path for path in paths if not (_ROOT / path).exists()]
+    if missing:
+        return f"{missing[0]} is missing"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     reason = verdict(done.returncode, done.stdout.strip() or done.stderr.strip())
-    return None if reason is None else f"{path}: {reason}"
+    return None if reason is None else f"{', '.join(paths)}: {reason}"
 
 
 def verdict(returncode: int, output: str) -> str | None:
@@ -141,6 +135,7 @@ def _describe(row: Row) -> str:
         f"{number(row.ratio_p50, 'x')}{number(row.peak_mib, ' MiB')}"
         f"{number(row.gb_per_s, ' GB/s')}"
         f"{number(row.tflop_per_s, ' TFLOP/s')}{number(row.ceiling_pct, ' % of ceiling')}"
+        f"{number(shapes.samples_per_s(row.op, row.shape, row.ms_p50), ' samples/s')}"
     )
 
 
@@ -188,7 +183,7 @@ def main(arguments: Sequence[str] | None = None, gate: Gate = run_tests) -> int:
         p.error("--device cuda: torch finds no CUDA GPU here")
     try:
         benches: Mapping[str, harness.Bench] = {
-            op: harness.load(op) for op in args.ops or ops_with_benchmark()
+            op: harness.load(op) for op in args.ops or harness.names()
         }
         for op in benches:
             shapes.select(op, args.shape, args.device)

@@ -112,6 +112,40 @@ class BiasGelu(Shape):
     dropout_p: float
 
 
+@dataclass(frozen=True)
+class ClipStep(Shape):
+    """A contrastive training step of preset "clip" in `size` with square patches of `patch_size`
+    pixels on `batch` pairs; `patch_dropout` is the share of patches dropped.
+    """
+
+    size: str
+    batch: int
+    patch_size: int
+    patch_dropout: float
+
+
+@dataclass(frozen=True)
+class AlbefStep(Shape):
+    """A pre-training step of preset "albef" in `size` on `batch` pairs, with a full queue."""
+
+    size: str
+    batch: int
+    queue_size: int
+
+
+@dataclass(frozen=True)
+class Rerank(Shape):
+    """For each of `num_images` images of `image_size` pixels, `num_candidates` of `num_texts` texts
+    through the fusion layers of preset "albef" in `size`.
+    """
+
+    size: str
+    image_size: int
+    num_images: int
+    num_texts: int
+    num_candidates: int
+
+
 def _named(*shapes: Shape) -> Mapping[str, Shape]:
     named = {shape.name: shape for shape in shapes}
     if len(named) != len(shapes):
@@ -206,8 +240,38 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = MappingProxyType(
             BiasGelu("bert-text-b256-dropout", False, 256 * 30, 4 * 768, 0.1),
             BiasGelu("vit-l14-b256", True, 256 * 257, 4 * 1024, 0.0),
         ),
+        # Whole steps. On a CPU a batch that takes seconds; on a GPU the published batch per device
+        # (CLIP 32768 on 256, FLIP 65536 on 64, ALBEF 512 on 8).
+        "step_clip": _named(
+            ClipStep("clip-b32-b16", False, "base", 16, 32, 0.0),
+            ClipStep("clip-b32-b128", True, "base", 128, 32, 0.0),
+            ClipStep("clip-b16-b128", True, "base", 128, 16, 0.0),
+        ),
+        "step_flip": _named(
+            ClipStep("flip-b16-b8-drop75", False, "base", 8, 16, 0.75),
+            ClipStep("flip-b16-b8-drop50", False, "base", 8, 16, 0.5),
+            ClipStep("flip-b16-b256-drop75", True, "base", 256, 16, 0.75),
+            ClipStep("flip-b16-b256-drop50", True, "base", 256, 16, 0.5),
+        ),
+        "step_albef": _named(
+            AlbefStep("albef-small-b32", False, "small", 32, 65536),
+            AlbefStep("albef-base-b4", False, "base", 4, 65536),
+            AlbefStep("albef-base-b64", True, "base", 64, 65536),
+        ),
+        # ALBEF's evaluation at 384 px; the published shortlists are 128 (Flickr30K) and 256 (COCO).
+        "step_rerank": _named(
+            Rerank("albef-base-384-2x16", False, "base", 384, 2, 64, 16),
+            Rerank("albef-small-128-16x64", False, "small", 128, 16, 256, 64),
+            Rerank("albef-base-384-16x256", True, "base", 384, 16, 1024, 256),
+        ),
     }
 )
+
+
+def samples_per_s(op: str, name: str, ms: float) -> float | None:
+    """Image-text pairs a second of a training step of `ms`; None for any other workload."""
+    shape = SHAPES.get(op, {}).get(name)
+    return 1e3 * shape.batch / ms if isinstance(shape, (ClipStep, AlbefStep)) else None
 
 
 def select(op: str, names: Sequence[str], device_type: str) -> list[Shape]:

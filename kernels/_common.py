@@ -28,6 +28,7 @@ class AotCase(NamedTuple):
         max_shared_bytes: shared memory that is accepted; a block has 166,912 on sm_80.
         instructions: for a capability, words of SASS that must occur: {90: ("HGMMA",)}.
         maxnreg: the launch option of that name, None to leave registers to the assembler.
+        capabilities: the generations it is compiled for.
     """
 
     name: str
@@ -41,6 +42,7 @@ class AotCase(NamedTuple):
     max_shared_bytes: int = 166_912
     instructions: Mapping[int, Sequence[str]] = {}
     maxnreg: int | None = None
+    capabilities: Sequence[int] = (80, 90)
 
 
 def configs(*choices: triton.Config) -> list[triton.Config]:

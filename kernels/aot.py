@@ -25,7 +25,6 @@ from triton.compiler import ASTSource
 
 from vlpfast.kernels._common import INTERPRETED, AotCase
 
-CAPABILITIES = (80, 90)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -122,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         compile_case(case, capability)
         for stem in options.stems or stems()
         for case in cases(stem)
-        for capability in CAPABILITIES
+        for capability in case.capabilities
     ]
     if options.json:
         print(json.dumps([report._asdict() for report in reports]))

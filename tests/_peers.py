@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,31 @@ def open_clip() -> ModuleType:
                 library.define(f"{name}(Tensor x) -> Tensor")
         _registered.append(library)
     return importlib.import_module("open_clip")
+
+
+def open_clip_model() -> ModuleType:
+    """open_clip's model.py with the modules of the package that it imports, and no others.
+
+    What its transformers do not use is hidden meanwhile: transformers and timm, which it can do
+    without, and torchvision, of which it wants one class.
+    """
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        pytest.skip("open_clip is not installed")
+    bare, batch_norm = ModuleType("open_clip_bare"), ModuleType("torchvision.ops.misc")
+    bare.__path__ = list(package.submodule_search_locations)
+    batch_norm.FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
+    stubs = {"transformers": None, "timm": None, batch_norm.__name__: batch_norm}
+    stubs |= {name: ModuleType(name) for name in ("torchvision", "torchvision.ops")}
+    before = {name: sys.modules[name] for name in stubs if name in sys.modules}
+    sys.modules.setdefault(bare.__name__, bare)
+    sys.modules.update(stubs)
+    try:
+        return importlib.import_module(f"{bare.__name__}.model")
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def open_clip_losses() -> ModuleType:

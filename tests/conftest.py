@@ -17,6 +17,11 @@ if not torch.cuda.is_available():
 # Tests are small: more threads cost more than they give, and pytest-xdist runs several processes.
 torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
 
+# `with torch.device(...)` knows factories by identity and lists them once, at its first use: before
+# the fixture below wraps some.
+with torch.device("meta"):
+    torch.empty(0)
+
 # Larger than any index or count in a test, so that using an unwritten integer shows.
 _POISON_INT = 0x5A5A5A5A
 

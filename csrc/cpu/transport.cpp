@@ -17,41 +17,14 @@
 #include "vlpfast/checks.h"
 #include "vlpfast/huge_pages.h"
 #include "vlpfast/simd.h"
+#include "vlpfast/threads.h"
 #include "vlpfast/transport_types.h"
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
 #define VLPFAST_EACH_TARGET "vlpfast/transport_engine.h"
 #include "vlpfast/each_target.h"
 
 namespace vlpfast {
 namespace {
-
-// Subnormal results are 0 while this lives. A plan's smallest entries are subnormal, which costs
-// some CPUs a hundred cycles each and means nothing.
-class FlushSubnormals {
- public:
-#if defined(__x86_64__)
-  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-  ~FlushSubnormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#endif
-};
-
-// Calls `work` on every thread with the counter from which to take problems.
-template <class Work>
-void on_all_threads(int64_t num_problems, Work work) {
-  std::atomic<int64_t> next = 0;
-  const int64_t num_threads =
-      std::min<int64_t>(num_problems, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
-    const FlushSubnormals flush;
-    work(next);
-  });
-}
 
 const bool* mask_of(const std::optional<Tensor>& mask) {
   if (!mask) return nullptr;

@@ -18,7 +18,7 @@ CASES = [
     pytest.param(stem, case.name, capability, marks=pytest.mark.xdist_group(f"aot-{stem}"))
     for stem in aot.stems()
     for case in aot.cases(stem)
-    for capability in aot.CAPABILITIES
+    for capability in case.capabilities
 ]
 
 

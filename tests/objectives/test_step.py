@@ -1,13 +1,9 @@
-"""PretrainStep against a straight-line ALBEF step in fp64, and what each objective promises by
-itself.
-"""
+"""What a step calls, computes and keeps; that its numbers are ALBEF's is test_albef_parity.py."""
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests._batches import make_batch
 from vlpfast.models import create_model
@@ -15,8 +11,6 @@ from vlpfast.models.presets import preset_config
 from vlpfast.models.vlp import VLPModel
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
 from vlpfast.objectives.plan import Plan, Rows
-from vlpfast.ops.contrastive import contrastive_loss
-from vlpfast.ops.seed import fold_seed
 
 ALBEF = ObjectivesConfig(itc=1.0, itm=1.0, mlm=1.0, momentum=0.9, queue_size=8, alpha=0.4)
 
@@ -27,137 +21,6 @@ def albef_step(
     torch.manual_seed(0)
     model = create_model("albef", "tiny", vocab_size=50, image_size=16).to(dtype)
     return PretrainStep(model, config).to(dtype)
-
-
-def soft_cross_entropy(logits, targets):
-    return -(targets * F.log_softmax(logits, dim=1)).sum(1).mean()
-
-
-class StraightLineAlbef:
-    """ALBEF's pre-training step in its published order: images copied per pass, target matrices
-    formed, one call each.
-    """
-
-    def __init__(self, model, config):
-        self.model, self.config = model, config
-        self.model_m = copy.deepcopy(model)
-        self.queue = [[], [], []]
-
-    def losses(self, batch, alpha, hard_text, hard_image):
-        model, model_m, size = self.model, self.model_m, len(batch)
-        image, text = model.encode_image(batch.images), model.encode_text(batch.text)
-        scale = 1 / model.scale
-        with torch.no_grad():
-            image_m, text_m = model_m.encode_image(batch.images), model_m.encode_text(batch.text)
-            queue_image, queue_text, queue_ids = (torch.stack(q) if q else None for q in self.queue)
-            all_text = torch.cat([text_m.embedding, *([queue_text] if self.queue[0] else [])])
-            all_image = torch.cat([image_m.embedding, *([queue_image] if self.queue[0] else [])])
-            all_ids = torch.cat([batch.image_ids, *([queue_ids] if self.queue[0] else [])])
-            positive = (batch.image_ids[:, None] == all_ids).to(scale.dtype)
-            positive /= positive.sum(1, keepdim=True)
-            target_i2t = (
-                alpha * F.softmax(scale * image_m.embedding @ all_text.T, 1)
-                + (1 - alpha) * positive
-            )
-            target_t2i = (
-                alpha * F.softmax(scale * text_m.embedding @ all_image.T, 1)
-                + (1 - alpha) * positive
-            )
-        itc = (
-            soft_cross_entropy(scale * image.embedding @ all_text.T, target_i2t)
-            + soft_cross_entropy(scale * text.embedding @ all_image.T, target_t2i)
-        ) / 2
-        self.new_entries = (image_m.embedding, text_m.embedding, batch.image_ids)
-
-        def fuse(m, tokens, image_tokens):
-            return m.fuse(tokens, m.image_keys(image_tokens), torch.arange(len(tokens)))
-
-        positive_logits = model.match(fuse(model, text.tokens, image.tokens))
-        negative_image = model.match(fuse(model, text.tokens, image.tokens[hard_image]))
-        negative_text = model.match(fuse(model, text.tokens.select(hard_text), image.tokens))
-        logits = torch.cat([positive_logits, negative_image, negative_text])
-        itm = F.cross_entropy(logits, torch.tensor([1] * size + [0] * 2 * size))
-
-        hidden = fuse(model, model.encode_text(batch.masked_text).tokens, image.tokens).values
-        with torch.no_grad():
-            hidden_m = fuse(
-                model_m, model_m.encode_text(batch.masked_text).tokens, image_m.tokens
-            ).values
-            soft = F.softmax(model_m.token_logits(hidden_m), dim=-1)
-        logits = model.token_logits(hidden)
-        hard = F.cross_entropy(logits, batch.mlm_labels, ignore_index=-100)
-        distilled = -(F.log_softmax(logits, dim=-1) * soft).sum(-1)[batch.mlm_labels != -100].mean()
-        return {"itc": itc, "itm": itm, "mlm": (1 - alpha) * hard + alpha * distilled}
-
-    @torch.no_grad()
-    def finish(self):
-        self.model.scale.clamp_(0.001, 0.5)
-        for old, new in zip(self.model_m.parameters(), self.model.parameters(), strict=True):
-            old.copy_(self.config.momentum * old + (1 - self.config.momentum) * new)
-        size = self.config.queue_size
-        for entries, new in zip(self.queue, self.new_entries, strict=True):
-            for row in new:
-                entries.append(row)
-            del entries[:-size]
-
-
-def test_albef_step_equals_the_published_order():
-    """Three steps of SGD with a queue of 8 and batches of 5, so that the queue wraps."""
-    step = albef_step(dtype=torch.float64).train()
-    plain = StraightLineAlbef(copy.deepcopy(step.model), ALBEF)
-    for number in range(3):
-        batch, seed = make_batch(5, seed=number), fold_seed(7, number)
-        with torch.no_grad():
-            drawn = draw_negatives(step, batch, seed)
-        out = step(batch, seed=seed, step=number)
-        losses = {name: total / count for name, (total, count) in out.losses.items()}
-        expected = plain.losses(batch, 0.4, *drawn)
-        for name in ("itc", "itm", "mlm"):
-            torch.testing.assert_close(losses[name], expected[name], rtol=1e-10, atol=1e-12)
-        for model, loss in (
-            (step.model, sum(losses.values())),
-            (plain.model, sum(expected.values())),
-        ):
-            model.zero_grad()
-            loss.backward()
-        for (name, ours), theirs in zip(
-            step.model.named_parameters(), plain.model.parameters(), strict=True
-        ):
-            torch.testing.assert_close(
-                ours.grad, theirs.grad, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-            )
-        for model in (step.model, plain.model):
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter -= 0.1 * parameter.grad
-        step.finish_step()
-        plain.finish()
-    for ours, theirs in zip(
-        step.teacher.model.parameters(), plain.model_m.parameters(), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-
-
-def draw_negatives(step, batch, seed):
-    """The negatives that `step` will draw for this batch and seed."""
-    student = [
-        step.model.encode_image(batch.images).embedding,
-        step.model.encode_text(batch.text).embedding,
-    ]
-    teacher = [
-        step.teacher.model.encode_image(batch.images),
-        step.teacher.model.encode_text(batch.text),
-    ]
-    out = contrastive_loss(
-        *student,
-        step.model.logit_scale,
-        ids=batch.image_ids,
-        teacher=tuple(t.embedding for t in teacher),
-        alpha=0.4,
-        hard_negatives=1,
-        seed=fold_seed(seed, 3),
-    )
-    return out.hard_text[:, 0], out.hard_image[:, 0]
 
 
 def test_plan_merges_passes():

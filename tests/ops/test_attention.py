@@ -10,11 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlpfast.ops import _attention_sdpa
+from vlpfast.ops import _attention_sdpa, _attention_spans
 from vlpfast.ops.attention import attention, attention_map, gradcam
-from vlpfast.testing import assert_compiles, assert_within_budget, with_gradients
+from vlpfast.testing import (
+    assert_compiles,
+    assert_same,
+    assert_within_budget,
+    opcheck,
+    poisoned_allocations,
+    routes,
+    with_gradients,
+)
 
+# "cpp" has no fp64 and is measured against budgets in fp32.
 IMPLS = ["reference", "sdpa"]
+ALL_IMPLS = [*IMPLS, "cpp"]
+PRECISION = {"reference": torch.float64, "sdpa": torch.float64, "cpp": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -162,21 +173,111 @@ def test_matches_one_sequence_at_a_time(name, impl):
             assert (row[len(part) :] == 0).all()
 
 
+LABELS = ["out", "dq", "dk", "dv", "dbias"]
+
+
+def assert_near_reference(impl: str, options: dict, inputs: list[Tensor], **more: object) -> None:
+    """Output and gradients of `impl` against the reference in fp64."""
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
+    reference = run("reference", options, **more)
+    truth = with_gradients(reference, [x.double() for x in inputs], grad.double())
+    eager = with_gradients(reference, inputs, grad)
+    with poisoned_allocations():
+        actual = with_gradients(run(impl, options, **more), inputs, grad)
+    flat = [[*outs, *grads] for outs, grads in (actual, truth, eager)]
+    for label, a, t, e in zip(LABELS, *flat, strict=False):
+        assert_within_budget(a, t, e, name=label)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("impl", "device"), routes("sdpa", "cpp", "triton"))
 @pytest.mark.parametrize("name", CASES)
-def test_matches_reference(name, dtype, device):
+def test_matches_reference(name, impl, device, dropout_p, dtype):
+    if impl == "sdpa" and dropout_p:
+        pytest.skip("torch's dropout draws from a generator")
+    if impl == "triton" and device.type == "cpu":
+        pytest.skip("interpreted in tests/kernels/test_attention_kernels.py, on fewer cases")
     inputs, options, _ = build(CASES[name], dtype)
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     inputs = [x.to(device) for x in inputs]
-    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
-    reference = run("reference", options)
-    truth = with_gradients(reference, [x.double() for x in inputs], grad.double())
-    eager = with_gradients(reference, inputs, grad)
-    actual = with_gradients(run("sdpa", options), inputs, grad)
-    names = ["out", "dq", "dk", "dv", "dbias"]
-    flat = [[*outs, *grads] for outs, grads in (actual, truth, eager)]
-    for label, a, t, e in zip(names, *flat, strict=False):
-        assert_within_budget(a, t, e, name=label)
+    assert_near_reference(impl, options, inputs, dropout_p=dropout_p, seed=5)
+
+
+# Around a vector of queries (16 lanes and fewer), a block of them (64) and a tile of rows (6).
+SIZES = [1, 5, 6, 7, 15, 16, 17, 31, 61, 64, 65, 131]
+
+
+@pytest.mark.parametrize("head_dim", [1, 16, 24, 64, 80])
+def test_cpp_around_its_blocks(head_dim):
+    """Every size as a query sequence and as a key sequence, several on one, heads of any width."""
+    for packed in ("q", "qk"):
+        read = (0, 1, 1, 2, 0, 5, 5, 5, 11, 4, 3, 7)
+        inputs, options, _ = build(
+            Case(tuple(SIZES), tuple(SIZES[::-1]), packed=packed, read=read, dim=head_dim),
+            torch.float32,
+        )
+        assert_near_reference("cpp", options, inputs, dropout_p=0.1, seed=8)
+
+
+@pytest.mark.parametrize("case", [Case((131, 70), blocks="causal"), Case((70, 9), bias=3)])
+def test_cpp_masks_over_several_blocks(case):
+    inputs, options, _ = build(case, torch.float32)
+    assert_near_reference("cpp", options, inputs)
+
+
+def test_cpp_is_the_same_on_any_number_of_threads_and_alone():
+    inputs, options, _ = build(Case((3, 40, 16, 22), (33, 9), read=(1, 0, 0, 1)), torch.float32)
+    options.update(dropout_p=0.2, seed=3, impl="cpp")
+    bias = torch.randn(2, 40, 33)
+    grad = torch.randn_like(inputs[0])
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            function = lambda q, k, v, b: attention(q, k, v, bias=b, **options)
+            results.append(with_gradients(function, [*inputs, bias], grad))
+    finally:
+        torch.set_num_threads(before)
+    assert_same(*results)
+    q, k, v = inputs
+    first = attention(q[:3], k[33:], v[33:], bias=bias, cu_q=options["cu_q"][:2],
+                      cu_k=torch.tensor([0, 9], dtype=torch.int32), dropout_p=0.2, seed=3,
+                      impl="cpp")  # fmt: skip
+    assert torch.equal(first, results[0][0][0][:3])
+
+
+def test_layers_of_a_step_share_their_spans(monkeypatch):
+    made = []
+    original = _attention_spans._make
+    monkeypatch.setattr(
+        _attention_spans, "_make", lambda *a, **k: made.append(1) or original(*a, **k)
+    )
+    (q, k, v), options, _ = build(CASES["fusion"], torch.float32)
+    first = attention(q, k, v, **options)
+    for _ in range(3):
+        assert torch.equal(attention(q, k, v, **options), first)
+    assert len(made) == 1
+    options["kv_index"][0] = 1  # changed in place: what was remembered does not hold
+    assert not torch.equal(attention(q, k, v, **options), first)
+    assert len(made) == 2
+
+
+def test_opcheck():
+    for name in ("packed-bias3", "fusion-lens"):
+        (q, k, v, *bias), options, _ = build(CASES[name], torch.float32)
+        spans = _attention_spans.spans_of(
+            q, k, q_lens=None, k_lens=options.get("k_lens"), cu_q=options["cu_q"],
+            cu_k=options.get("cu_k", options["cu_q"] if k.dim() == 3 else None),
+            kv_index=options.get("kv_index"), plan=False,
+        )  # fmt: skip
+        k, v = (x.flatten(0, -3) for x in (k, v))
+        rest = (*spans[:3], None, None, bias[0] if bias else None, torch.tensor(1), False, 0.1, 0.3)
+        out, lse = torch.ops.vlpfast.attention_fwd(q, k, v, *rest)
+        opcheck(torch.ops.vlpfast.attention_fwd.default, q, k, v, *rest)
+        bwd = torch.ops.vlpfast.attention_bwd.default
+        opcheck(bwd, torch.ones_like(out), q, k, v, lse, *rest, bool(bias))
 
 
 @pytest.mark.parametrize(
@@ -190,14 +291,15 @@ def test_gradcheck(name, dropout_p):
 
 
 @pytest.mark.parametrize(
-    ("impl", "dropout_p"), [("reference", 0.0), ("reference", 0.4), ("sdpa", 0.0)]
+    ("impl", "dropout_p"),
+    [("reference", 0.0), ("reference", 0.4), ("sdpa", 0.0), ("cpp", 0.0), ("cpp", 0.4)],
 )
 @pytest.mark.parametrize("blocks", [None, "causal", "semi"])
 def test_packed_equals_padded(impl, dropout_p, blocks):
     lens = (3, 1, 6, 5, 2)
     results = []
     for packed in ("qk", ""):
-        inputs, options, _ = build(Case(lens, packed=packed, blocks=blocks))
+        inputs, options, _ = build(Case(lens, packed=packed, blocks=blocks), PRECISION[impl])
         out = run(impl, options, dropout_p=dropout_p, seed=3)(*inputs)
         results.append(
             torch.cat([row[:n] for row, n in zip(out, lens, strict=True)]) if not packed else out
@@ -205,9 +307,9 @@ def test_packed_equals_padded(impl, dropout_p, blocks):
     torch.testing.assert_close(results[0], results[1])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 def test_kv_index_equals_copies(impl):
-    (q, k, v), options, _ = build(CASES["fusion"])
+    (q, k, v), options, _ = build(CASES["fusion"], PRECISION[impl])
     index = options.pop("kv_index")
     grad = torch.randn_like(q)
     shared = with_gradients(run(impl, {**options, "kv_index": index}), [q, k, v], grad)
@@ -218,7 +320,7 @@ def test_kv_index_equals_copies(impl):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize(
     ("blocks", "visible"),
     [
@@ -230,7 +332,7 @@ def test_kv_index_equals_copies(impl):
     ids=["bidirectional", "causal", "prefix", "semi-causal"],
 )
 def test_block_ids(impl, blocks, visible):
-    (q, k, v), _, _ = build(Case((5, 5), packed=""))
+    (q, k, v), _, _ = build(Case((5, 5), packed=""), PRECISION[impl])
     mask = torch.tensor([[visible(m, n) for n in range(5)] for m in range(5)])
     out = attention(q, k, v, q_block=torch.tensor([blocks, blocks]), impl=impl)
     scores = torch.einsum("bmhe,bnhe->bhmn", q, k) * q.shape[-1] ** -0.5
@@ -238,10 +340,10 @@ def test_block_ids(impl, blocks, visible):
     torch.testing.assert_close(out, torch.einsum("bhmn,bnhe->bmhe", weights, v))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize("packed", ["", "q"])
 def test_masked_rows(impl, packed):
-    (q, k, v), options, _ = build(Case((3, 3), (4, 4), packed=packed))
+    (q, k, v), options, _ = build(Case((3, 3), (4, 4), packed=packed), PRECISION[impl])
     blocks = torch.tensor([[5, 5, 5], [5, 0, 5]])  # the middle query of the second sees nothing
     options["q_block"] = blocks.flatten() if packed else blocks
     options.update(k_block=torch.ones(2, 4, dtype=torch.int64), k_lens=torch.tensor([0, 4]))
@@ -256,7 +358,7 @@ def test_masked_rows(impl, packed):
     assert dv.isfinite().all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize(("tokens", "rows", "keys"), [(0, 0, 2), (0, 3, 2), (4, 2, 0)])
 def test_empty(impl, tokens, rows, keys):
     """No sequences; only empty sequences; no keys at all."""
@@ -307,7 +409,7 @@ def test_dropout_statistics():
         assert len(patterns.unique(dim=0)) == out.shape[dim]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 def test_non_contiguous_repeatable_unmutated(impl):
     qkv = torch.randn(9, 3, 2, 8)
     before = qkv.clone()
@@ -319,7 +421,7 @@ def test_non_contiguous_repeatable_unmutated(impl):
     assert torch.equal(qkv, before)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 def test_large_logits_and_scale(impl):
     q = torch.tensor([[[[300.0]], [[-300.0]]]])
     v = torch.tensor([[[[1.0]], [[2.0]]]])
@@ -329,39 +431,13 @@ def test_large_logits_and_scale(impl):
     torch.testing.assert_close(flat, torch.full_like(v, 1.5))
 
 
-def test_host_bound_need_not_be_tight_and_one_chunk_is_enough(monkeypatch):
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+def test_host_bound_need_not_be_tight(impl):
     for name in ("packed", "packed-causal", "packed-semi", "cross-packed-keys", "fusion-lens"):
-        inputs, options, _ = build(CASES[name])
-        chunked = run("sdpa", options)(*inputs)
-        with monkeypatch.context() as patch:
-            patch.setattr(_attention_sdpa, "_may_read_back", lambda x: False)
-            whole = run("sdpa", options, max_q=20, max_k=20)(*inputs)
-        torch.testing.assert_close(chunked, whole)
-
-
-def test_short_16_bit_rows_under_autograd_are_written_out_on_a_cpu(monkeypatch):
-    calls = []
-    original = _attention_sdpa.scaled_dot_product_attention
-    monkeypatch.setattr(
-        _attention_sdpa,
-        "scaled_dot_product_attention",
-        lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs),
-    )
-    limit = _attention_sdpa.MAX_WRITTEN_OUT
-    q = torch.randn(3, limit, 2, 8, dtype=torch.bfloat16, requires_grad=True)
-    k_lens = torch.tensor([limit, 5, 0])
-    out = attention(q, q, q, k_lens=k_lens, impl="sdpa")
-    assert not calls
-    assert (out[2] == 0).all()  # no key to see
-    (grad,) = torch.autograd.grad(out.float().square().sum(), q)
-    assert grad.isfinite().all()
-    assert (grad[2] == 0).all()
-    attention(q.detach(), q.detach(), q.detach(), k_lens=k_lens, impl="sdpa")
-    assert len(calls) == 1
-    longer = torch.randn(1, limit + 1, 2, 8, dtype=torch.bfloat16, requires_grad=True)
-    attention(longer, longer, longer, impl="sdpa")
-    attention(*(q.detach().float().requires_grad_(),) * 3, impl="sdpa")
-    assert len(calls) == 3
+        inputs, options, _ = build(CASES[name], PRECISION[impl])
+        tight = run(impl, options)(*inputs)
+        loose = run(impl, options, max_q=20, max_k=20)(*inputs)
+        torch.testing.assert_close(tight, loose)
 
 
 def test_mask_only_where_needed(monkeypatch):
@@ -486,6 +562,21 @@ def test_gradcam_is_weight_times_positive_gradient():
         (TypeError, "k_lens must be int32 or int64", {"k_lens": torch.ones(2)}),
         (ValueError, r"kv_index must be \(2,\), got \(1,\)", {"kv_index": torch.tensor([0])}),
         (ValueError, "kv_index is needed", {"q": torch.zeros(3, 3, 2, 4)}),
+        (
+            ValueError,
+            r"kv_index must be in \[0, 2\), got 0 to 2",
+            {"kv_index": torch.tensor([0, 2])},
+        ),
+        (
+            ValueError,
+            r"cu_q must ascend from 0 to 6, the tokens of q, got \[0, 4, 3, 6\]",
+            {"q": torch.zeros(6, 2, 4), "cu_q": torch.tensor([0, 4, 3, 6])},
+        ),
+        (
+            ValueError,
+            r"cu_k must ascend from 0 to 7, the tokens of k, got \[0, 3, 6\]",
+            {"k": torch.zeros(7, 2, 4), "v": torch.zeros(7, 2, 4), "cu_k": torch.tensor([0, 3, 6])},
+        ),
         (
             ValueError,
             r"q_block must be \(2, 3\)",

@@ -1,19 +1,21 @@
 """Attention for towers and fusion: dense or packed, keys shared by many queries, block masks.
 
-Checks, defaults and the choice of implementation are here; "sdpa" is `_attention_sdpa.py`, the
-eager oracle is `reference/attention.py`.
+Checks, defaults and the choice of implementation are here; "cpp" and "triton" are
+`_attention_op.py`, "sdpa" is `_attention_sdpa.py`, the eager oracle is `reference/attention.py`.
 
 Letters: R query sequences (B when dense), B_k key sequences, T tokens of a packed tensor.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vlpfast.ops import _attention_sdpa
+from vlpfast import _ext
+from vlpfast.ops import _attention_op, _attention_sdpa
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops.reference import attention as reference
 
@@ -68,13 +70,19 @@ def attention(
             sequence r, head, query position, key position), so packed and padded inputs drop the
             same weights; `reference/attention.py` has the bits.
         scale: factor of the scores; default E ** -0.5.
-        impl: "auto", "reference" (explicit softmax) or "sdpa" (torch's fused kernels; no dropout).
+        impl: "auto", "cpp" and "triton" (one pass forward and one backward, nothing padded or
+            copied, no scores or masks stored; fp32 and bf16, "triton" fp16 too), "sdpa" (torch's
+            fused kernels over padded sequences; no dropout) or "reference" (explicit softmax).
         max_q: host-side upper bound of the packed queries' lengths. Without it the shape of `bias`
             gives it, else the device is asked, which waits (and breaks a compiled graph).
         max_k: the same for packed keys.
 
     Returns:
         Shape and dtype of `q`.
+
+    Raises:
+        ValueError, TypeError: an argument's shape or dtype; on a CPU also offsets that do not
+            ascend over all tokens and a `kv_index` out of range, which on a GPU are not read.
 
     Source: Vaswani et al. 2017, eq. 1, arXiv:1706.03762; semi-causal: Hao et al. 2022 (MetaLM),
         section 2.1, arXiv:2206.06336.
@@ -99,7 +107,7 @@ def attention(
         max_k=max_k,
     )
     _check_like("v", v, k)
-    run = _OP.choose(impl, q.device, dropout_p=dropout_p)
+    run = _OP.choose(impl, q.device, dropout_p=dropout_p, dtype=q.dtype, head_dim=q.shape[-1])
     return run(q, k, v, dropout_p=dropout_p, seed=seed, **options)
 
 
@@ -174,6 +182,11 @@ def _prepare(
     if k.dtype != q.dtype:
         raise TypeError(f"attention: k must have the dtype of q {q.dtype}, got {k.dtype}")
     _check_index("kv_index", kv_index, (rows,))
+    if kv_index is not None and rows and _readable(kv_index):
+        values = kv_index.numpy()
+        if values.min() < 0 or values.max() >= keys:
+            got = f"{values.min()} to {values.max()}"
+            raise ValueError(f"attention: kv_index must be in [0, {keys}), got {got}")
     if kv_index is None and rows != keys:
         raise ValueError(f"attention: kv_index is needed to read {keys} sequences from {rows}")
     causal = isinstance(q_block, str)
@@ -239,7 +252,17 @@ def _check_side(name: str, x: Tensor, lens: Tensor | None, cu: Tensor | None) ->
     if cu.dim() != 1 or cu.shape[0] == 0:
         raise ValueError(f"attention: cu_{name} must be (sequences + 1,), got {tuple(cu.shape)}")
     _check_index(f"cu_{name}", cu, tuple(cu.shape))
+    if _readable(cu):
+        values = cu.numpy()
+        if values[0] != 0 or values[-1] != x.shape[0] or (values[1:] < values[:-1]).any():
+            expected = f"ascend from 0 to {x.shape[0]}, the tokens of {name}"
+            raise ValueError(f"attention: cu_{name} must {expected}, got {values.tolist()}")
     return cu.shape[0] - 1
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether values can be checked: on a GPU that would wait, and a graph has none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_index(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -266,7 +289,15 @@ _OP = Op(
     "attention",
     {
         "reference": Implementation(reference.attention),
+        "cpp": Implementation(
+            partial(_attention_op.fused, "cpp"), _ext.cpp_missing, _attention_op.rejects("cpp")
+        ),
+        "triton": Implementation(
+            partial(_attention_op.fused, "triton"),
+            _ext.triton_missing,
+            _attention_op.rejects("triton"),
+        ),
         "sdpa": Implementation(_attention_sdpa.sdpa, rejects=_attention_sdpa.rejects),
     },
-    {"cpu": ("sdpa", "reference"), "cuda": ("sdpa", "reference")},
+    {"cpu": ("cpp", "sdpa", "reference"), "cuda": ("triton", "sdpa", "reference")},
 )

@@ -86,6 +86,21 @@ def scenes(
     )
 
 
+def swaps(*, steps: int = 8000) -> RunConfig:
+    """Learns which attribute belongs to which object: `vlpfast data make scenes --siblings 0.5`.
+
+    The window of two keeps siblings in one batch, where they are each other's hard negatives. Of
+    the captions, 0 and 3 say the attributes that siblings exchange.
+    """
+    config = scenes(lr=1e-3, alpha_ramp_steps=8000, name="albef_scenes_swaps")
+    return replace(
+        config,
+        data=replace(config.data, captions=(0, 3), window=2),
+        optim=replace(config.optim, warmup=200, lr_scheduler="const-cooldown", cooldown=steps // 5),
+        train=replace(config.train, steps=steps, precision="amp_bf16", threads=1),
+    )
+
+
 def emoji(*, steps: int = 500) -> RunConfig:
     """`tiny` on the emoji set. With other `train.steps`, set `model.vision.patch_dropout_steps`
     too.
@@ -133,6 +148,7 @@ RECIPES = {
     "base": base,
     "emoji": emoji,
     "scenes": scenes,
+    "scenes_swaps": swaps,
     "scenes_long": partial(
         scenes, steps=3000, lr=1e-3, alpha_ramp_steps=4000, name="albef_scenes_long"
     ),

@@ -3,7 +3,7 @@
 //
 // Valid rows and columns are gathered first and everything after works on those alone: padding
 // costs nothing, and the order of every sum is a function of the problem.
-#include "vlpfast/transport_lanes.h"
+#include "vlpfast/vec.h"
 #include "vlpfast/transport_features.h"
 #include "vlpfast/transport_log.h"
 #include "vlpfast/transport_scaling.h"

@@ -7,12 +7,12 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+
+#include "vlpfast/buffer.h"
 
 namespace vlpfast {
 
@@ -141,21 +141,6 @@ struct Valid {
     }
   }
   int64_t size() const { return static_cast<int64_t>(index.size()); }
-};
-
-// Memory for one problem, on cache lines and uninitialised.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * size, std::align_val_t{64}))) {}
-  operator T*() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* data) const { ::operator delete(data, std::align_val_t{64}); }
-  };
-  std::unique_ptr<T, Free> data_;
 };
 
 }  // namespace vlpfast

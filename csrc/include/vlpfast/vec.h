@@ -57,6 +57,29 @@ VLPFAST_INLINE Vec sums_of(Vec (&v)[kLanes]) {
   return v[0];
 }
 
+// Lane l of step Q of transpose: what row a or, kUpper, row b takes of the lanes of a and then b.
+template <bool kUpper>
+constexpr int crossed_lane(int l, int q) {
+  const bool from_b = (l & q) != 0;
+  return from_b ? kLanes + l - (kUpper ? 0 : q) : l + (kUpper ? q : 0);
+}
+
+template <int Q, int... L>
+VLPFAST_INLINE void cross(Vec& a, Vec& b, std::integer_sequence<int, L...>) {
+  const Vec lower = __builtin_shufflevector(a, b, crossed_lane<false>(L, Q)...);
+  b = __builtin_shufflevector(a, b, crossed_lane<true>(L, Q)...);
+  a = lower;
+}
+
+// Lane i of v[k] becomes lane k of v[i].
+template <int Q = kLanes / 2>
+VLPFAST_INLINE void transpose(Vec (&v)[kLanes]) {
+  for (int k = 0; k < kLanes; ++k) {
+    if ((k & Q) == 0) cross<Q>(v[k], v[k + Q], std::make_integer_sequence<int, kLanes>{});
+  }
+  if constexpr (Q > 1) transpose<Q / 2>(v);
+}
+
 VLPFAST_INLINE float sum(Vec v) {
   float parts[kLanes];
   store(parts, v);
