@@ -168,6 +168,9 @@ def directed(run: Run, inputs: Inputs, direction: str) -> Call:
     if not leaves or not outputs:
         raise ValueError(f"direction {direction!r} needs inputs and results with gradients")
     grads = [torch.randn_like(output) for output in outputs]
+    # Peers may take an input in a form of their own, and then not use ours.
+    found = torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
+    leaves = [leaf for leaf, grad in zip(leaves, found, strict=True) if grad is not None]
     if direction == "bwd":
         return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
     if direction == "both":

@@ -84,14 +84,21 @@ class Transport(Shape):
 
 @dataclass(frozen=True)
 class Attention(Shape):
-    """q (B, M, H, E) over k, v (B, N, H, E); `causal` for a text decoder."""
+    """`batch` sequences of captions' lengths, padded to `num_queries`, or of exactly `num_queries`
+    tokens, in `heads` of `head_dim`.
 
+    kind: "dense" (no padding), "text" (captions), "causal" (captions, each token sees those before
+    it) or "cross": captions, `readers` of which read one of batch / readers images of `num_keys`
+    tokens, keys and values projected on the way.
+    """
+
+    kind: str
     batch: int
     num_queries: int
     num_keys: int
     heads: int
     head_dim: int
-    causal: bool
+    readers: int
 
 
 @dataclass(frozen=True)
@@ -222,11 +229,12 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = MappingProxyType(
         "transport_cost": _named(*_WRA),
         "transport_sinkhorn": _named(*_WRA[:2]),
         "attention": _named(
-            Attention("albef-fusion-197x30", False, 64, 30, 197, 12, 64, False),
-            Attention("vit-b16-197", False, 256, 197, 197, 12, 64, False),
-            Attention("vit-l14-257", True, 256, 257, 257, 16, 64, False),
-            Attention("clip-text-77", False, 256, 77, 77, 8, 64, True),
-            Attention("coca-pooler-256x256", True, 128, 256, 256, 12, 64, False),
+            Attention("albef-cross-257x30", False, "cross", 128, 30, 257, 12, 64, 4),
+            Attention("albef-text-30", False, "text", 128, 30, 30, 12, 64, 1),
+            Attention("vit-b16-b16", False, "dense", 16, 197, 197, 12, 64, 1),
+            Attention("clip-text-77", False, "causal", 128, 77, 77, 8, 64, 1),
+            Attention("albef-cross-577x30-b256", True, "cross", 1024, 30, 577, 12, 64, 4),
+            Attention("vit-l14-b256", True, "dense", 256, 257, 257, 16, 64, 1),
         ),
         # ALBEF's text and fusion layers drop a tenth (256 texts of 30 tokens); its ViT drops none.
         "residual_norm": _named(

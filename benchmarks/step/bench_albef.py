@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from benchmarks.captions import caption_lens
 from benchmarks.harness import Inputs, Run
 from benchmarks.shapes import SHAPES as _SHAPES
 from benchmarks.shapes import AlbefStep
 from benchmarks.step.albef_eager import AlbefEager
 from benchmarks.step.albef_weights import eager_weights
-from benchmarks.step.batches import ALBEF_LEN, caption_lens, eager_batch, make_batch
+from benchmarks.step.batches import ALBEF_LEN, eager_batch, make_batch
 from benchmarks.step.flops import albef_step_flops, step_bytes
 from benchmarks.step.steps import built_once, make_model, num_parameters, own_step, peer_step
 from benchmarks.timing import Call

@@ -11,12 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from benchmarks.captions import caption_lens
 from benchmarks.harness import Inputs, Run
 from benchmarks.shapes import SHAPES as _SHAPES
 from benchmarks.shapes import Rerank
 from benchmarks.step.albef_eager import Towers
 from benchmarks.step.albef_weights import eager_weights
-from benchmarks.step.batches import caption_lens
 from benchmarks.step.flops import fusion_flops, keys_flops
 from benchmarks.step.steps import built_once, make_model
 from benchmarks.timing import Call

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.captions import caption_lens
 from benchmarks.harness import Inputs, Run
 from benchmarks.shapes import ClipStep
-from benchmarks.step.batches import CLIP_LEN, caption_lens, make_batch, normalised, padded_ids
+from benchmarks.step.batches import CLIP_LEN, make_batch, normalised, padded_ids
 from benchmarks.step.flops import clip_step_flops, step_bytes
 from benchmarks.step.open_clip import open_clip_module, open_clip_weights
 from benchmarks.step.steps import built_once, make_model, num_parameters, own_step, peer_step
