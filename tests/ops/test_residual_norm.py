@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlpfast.ops.reference.counter import draw, keep_mask, stream
-from vlpfast.ops.residual_norm import residual_norm
+from vlpfast.ops.residual_norm import _OP, residual_norm
 from vlpfast.testing import (
     assert_compiles,
     assert_same,
@@ -253,3 +257,45 @@ def test_compiles(kind, impl):
 def test_bad_arguments(error, words, change):
     with pytest.raises(error, match=words):
         residual_norm(**{"x": torch.zeros(2, 4), **change})
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    """apex's two functions, with their signatures, computed by torch."""
+    norms = SimpleNamespace(
+        fused_layer_norm_affine=lambda x, weight, bias, shape, eps: F.layer_norm(
+            x, shape, weight, bias, eps
+        ),
+        fused_rms_norm_affine=lambda x, weight, shape, eps: F.rms_norm(x, shape, weight, eps),
+    )
+    monkeypatch.setitem(sys.modules, "apex.normalization.fused_layer_norm", norms)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_arguments_reach_apex(kind, apex):
+    x, weight, bias = torch.randn(3, 8), torch.randn(8), torch.randn(8) if kind == "layer" else None
+    options = {"kind": kind, "dropout_p": 0.0, "seed": None, "eps": 1e-3}
+    actual = _OP.implementations["apex"].run(x, None, weight, bias, **options)
+    expected = residual_norm(x, None, weight, bias, kind=kind, eps=1e-3, impl="reference")
+    torch.testing.assert_close(tuple(actual), tuple(expected))
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("runs on cuda", {"device": torch.device("cpu")}),
+        ("the norm alone", {"plain": False}),
+        ("needs a weight", {"affine": False}),
+    ],
+)
+def test_reasons_of_apex(words, change):
+    arguments = {
+        "device": torch.device("cuda"),
+        "dtypes": [torch.bfloat16],
+        "columns": 8,
+        "plain": True,
+        "affine": True,
+    }
+    rejects = _OP.implementations["apex"].rejects
+    assert rejects(**arguments) is None
+    assert words in rejects(**{**arguments, **change})

@@ -34,7 +34,9 @@ def fused_rejects(backend: str) -> Callable[..., str | None]:
     """
     on_device = _ext.cpp_rejects if backend == "cpp" else _ext.triton_rejects
 
-    def rejects(*, device: torch.device, dtypes: Sequence[torch.dtype], columns: int) -> str | None:
+    def rejects(
+        *, device: torch.device, dtypes: Sequence[torch.dtype], columns: int, **_: object
+    ) -> str | None:
         other = [d for d in dtypes if d not in (torch.float32, torch.bfloat16)]
         if other:
             return f"takes fp32 and bf16, got {other[0]}"

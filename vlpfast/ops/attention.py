@@ -1,7 +1,8 @@
 """Attention for towers and fusion: dense or packed, keys shared by many queries, block masks.
 
 Checks, defaults and the choice of implementation are here; "cpp" and "triton" are
-`_attention_op.py`, "sdpa" is `_attention_sdpa.py`, the eager oracle is `reference/attention.py`.
+`_attention_op.py`, "sdpa" is `_attention_sdpa.py`, packages' kernels are `_attention_peers.py`, the
+eager oracle is `reference/attention.py`.
 
 Letters: R query sequences (B when dense), B_k key sequences, T tokens of a packed tensor.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlpfast import _ext
-from vlpfast.ops import _attention_op, _attention_sdpa
+from vlpfast.ops import _attention_op, _attention_peers, _attention_sdpa
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops.reference import attention as reference
 
@@ -72,7 +73,8 @@ def attention(
         scale: factor of the scores; default E ** -0.5.
         impl: "auto", "cpp" and "triton" (one pass forward and one backward, nothing padded or
             copied, no scores or masks stored; fp32 and bf16, "triton" fp16 too), "sdpa" (torch's
-            fused kernels over padded sequences; no dropout) or "reference" (explicit softmax).
+            fused kernels over padded sequences; no dropout), "reference" (explicit softmax), or,
+            where installed and within what they offer, "flash_attn" and "xformers".
         max_q: host-side upper bound of the packed queries' lengths. Without it the shape of `bias`
             gives it, else the device is asked, which waits (and breaks a compiled graph).
         max_k: the same for packed keys.
@@ -107,7 +109,17 @@ def attention(
         max_k=max_k,
     )
     _check_like("v", v, k)
-    run = _OP.choose(impl, q.device, dropout_p=dropout_p, dtype=q.dtype, head_dim=q.shape[-1])
+    run = _OP.choose(
+        impl,
+        q.device,
+        dropout_p=dropout_p,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        given=[
+            name for name, option in options.items() if option is not None and option is not False
+        ],
+        aligned=options["cu_k"] is options["cu_q"] and q.shape == k.shape,
+    )
     return run(q, k, v, dropout_p=dropout_p, seed=seed, **options)
 
 
@@ -298,6 +310,12 @@ _OP = Op(
             _attention_op.rejects("triton"),
         ),
         "sdpa": Implementation(_attention_sdpa.sdpa, rejects=_attention_sdpa.rejects),
+        **{
+            run.__name__: Implementation(
+                run, _attention_peers.missing(run.__name__), _attention_peers.rejects(run.__name__)
+            )
+            for run in (_attention_peers.flash_attn, _attention_peers.xformers)
+        },
     },
     {"cpu": ("cpp", "sdpa", "reference"), "cuda": ("triton", "sdpa", "reference")},
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -59,8 +61,10 @@ def residual_norm(
             column), rows counted over all leading dimensions: bits = draw(stream(seed, row),
             column). Two calls in a step need two seeds.
         eps: added to the variance.
-        impl: "auto", "reference", "cpp" or "triton". The last two take fp32 and bf16, are one pass
-            over the rows forward and one backward, and keep s and two numbers a row for it.
+        impl: "auto", "reference", "cpp", "triton" or "apex". C++ and Triton take fp32 and bf16, are
+            one pass over the rows forward and one backward, and keep s and two numbers a row for
+            it. "apex" is NVIDIA apex's fused norm, where it is installed, for the plain norm: no
+            residual, no dropout, with a weight and, for "layer", a bias.
 
     Returns:
         ResidualNorm(normed, residual = s).
@@ -74,7 +78,14 @@ def residual_norm(
         raise ValueError(f"residual_norm: residual must be {expected} as x is, got {got}")
     check_rows("residual_norm", x, dropout_p, seed, weight=weight, bias=bias)
     dtypes = [x.dtype] if residual is None else [x.dtype, residual.dtype]
-    run = _OP.choose(impl, x.device, dtypes=dtypes, columns=x.shape[-1])
+    run = _OP.choose(
+        impl,
+        x.device,
+        dtypes=dtypes,
+        columns=x.shape[-1],
+        plain=residual is None and dropout_p == 0,
+        affine=weight is not None and (bias is None) == (kind == "rms"),
+    )
     return ResidualNorm(
         *run(x, residual, weight, bias, kind=kind, dropout_p=dropout_p, seed=seed, eps=eps)
     )
@@ -186,6 +197,30 @@ def _fused(backend, x, residual, weight, bias, *, kind, dropout_p, seed, eps):
     return normed.view(x.shape), total.view(x.shape)
 
 
+def _apex(x, residual, weight, bias, *, kind, dropout_p, seed, eps):
+    norms = importlib.import_module("apex.normalization.fused_layer_norm")
+    shape = weight.shape
+    if kind == "rms":
+        return norms.fused_rms_norm_affine(x, weight, shape, eps), x
+    return norms.fused_layer_norm_affine(x, weight, bias, shape, eps), x
+
+
+def _apex_missing() -> str | None:
+    if importlib.util.find_spec("apex") is None:
+        return "apex is not installed"
+    return None if torch.cuda.is_available() else "no CUDA GPU here"
+
+
+def _apex_rejects(
+    *, device: torch.device, dtypes: list[torch.dtype], columns: int, plain: bool, affine: bool
+) -> str | None:
+    if device.type != "cuda":
+        return f"runs on cuda, got {device.type} tensors"
+    if not plain:
+        return "has the norm alone: no residual, no dropout"
+    return None if affine else "needs a weight, and a bias for 'layer' alone"
+
+
 _OP = Op(
     "residual_norm",
     {
@@ -194,6 +229,7 @@ _OP = Op(
         "triton": Implementation(
             partial(_fused, "triton"), _ext.triton_missing, fused_rejects("triton")
         ),
+        "apex": Implementation(_apex, _apex_missing, _apex_rejects),
     },
     auto={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
 )
