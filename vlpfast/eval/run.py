@@ -26,6 +26,7 @@ from vlpfast.eval.probe import mlm_probe, swap_probe
 from vlpfast.eval.report import EvalResult, save_bars
 from vlpfast.eval.rerank import rerank
 from vlpfast.eval.retrieval import PoolTexts, recall_metrics, retrieval_ranks
+from vlpfast.models.presets import missing
 from vlpfast.models.vlp import VLPModel
 from vlpfast.ragged import Ragged
 
@@ -182,11 +183,16 @@ class _Evaluation:
             index = replace(index, rows=np.asarray(index.rows)[: options.max_samples])
         self.model, self.index, self.tokenizer = model, index, tokenizer
         self.data, self.options = data, options
-        self.device = model.logit_scale.device
+        self.device = model.device
         self.corrupt: dict[str, str] = {}
 
     def retrieval(self) -> EvalResult:
         options, model = self.options, self.model
+        if not model.has_joint_space:
+            raise ValueError(
+                "retrieval ranks by embeddings in a joint space; "
+                f"{missing(model.config.preset, 'a joint space')}"
+            )
         if options.rerank_k and not model.has_fusion:
             raise ValueError(
                 f"rerank_k needs a fusion tower; preset {model.config.preset!r} has none"
