@@ -195,10 +195,47 @@ def vilt(size: str) -> ModelConfig:
     )
 
 
+def uniter(size: str) -> ModelConfig:
+    """UNITER: one BERT over words and detected regions; base has 109.90 M parameters with its
+    embeddings, without the heads, and reads 2048-d features of 1,601 classes.
+
+    The compact sizes normalise before each branch, as `albef`'s, and read the regions of the
+    embedded scenes; for others set `vision.region_dim` and `vision.region_classes`.
+
+    Source: Chen et al. 2020, arXiv:1909.11740; ChenRocks/UNITER config/uniter-base.json,
+    model/model.py.
+    """
+    base = size == "base"
+    bert = {"norm": "post", "norm_eps": 1e-12} if base else {"norm_eps": 1e-6}
+    dropout = {"dropout": 0.1, "attention_dropout": 0.1} if base else {}
+    regions = (2048, 1601) if base else (64, 65)
+    return _one_stack(
+        "uniter",
+        size,
+        image_size=224 if base else _compact(size)[1],
+        vision={
+            "front": "regions",
+            "region_dim": regions[0],
+            "region_classes": regions[1],
+            **bert,
+        },
+        # One type: regions have theirs in their own front end.
+        text={
+            "vocab_size": 28996 if base else 4096,
+            "context_length": 512 if base else 77,
+            "token_types": 1,
+            **bert,
+        },
+        fusion=bert | dropout,
+        region_heads=True,
+    )
+
+
 _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "albef": albef,
     "clip": clip,
     "flip": flip,
+    "uniter": uniter,
     "vilt": vilt,
 }
 SIZES = ("tiny", "small", "base")
