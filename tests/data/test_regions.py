@@ -12,8 +12,8 @@ from tests._images import write_set
 from vlpfast.data.config import DataConfig
 from vlpfast.data.loader import make_loader, make_tokenizer, open_index
 from vlpfast.data.regions import RegionTable, open_regions
-from vlpfast.data.scenes import sample_sibling, write_shards
 from vlpfast.data.scenes import regions as scene_regions
+from vlpfast.data.scenes import sample_sibling, write_shards
 
 
 @pytest.fixture(scope="module")

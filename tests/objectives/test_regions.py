@@ -145,10 +145,10 @@ def test_regions_that_do_not_fit_say_what_is_missing():
         step.model.encode_image(bare)
     with pytest.raises(ValueError, match=r"set data\.regions"):
         step(replace(batch, regions=None), seed=0, step=0)
+    regions, masked = (replace(r, labels=None) for r in (batch.regions, batch.masked_regions))
+    unlabelled = replace(batch, regions=regions, masked_regions=masked)
     with pytest.raises(ValueError, match="class distributions, and the regions have no labels"):
-        unlabelled = replace(batch.masked_regions, labels=None)
-        visible = replace(batch.regions, labels=None)
-        step(replace(batch, regions=visible, masked_regions=unlabelled), seed=0, step=0)
+        step(unlabelled, seed=0, step=0)
     with pytest.raises(ValueError, match=r"regions\.features must be \(T, 64\), got \(\d+, 9\)"):
         step.model.encode_image(make_regions(2, dim=9))
     with pytest.raises(TypeError, match="preset 'uniter' reads regions, got Tensor"):

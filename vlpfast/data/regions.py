@@ -62,7 +62,7 @@ class RegionTable:
         found = len(arrays["offsets"]) - 1
         if found != num_samples:
             raise ValueError(f"{folder}: expected regions of {num_samples} images, found {found}")
-        return cls(**{name: None for name in _OPTIONAL} | arrays)
+        return cls(**dict.fromkeys(_OPTIONAL) | arrays)
 
     def at(self, rows: np.ndarray) -> Regions:
         """Regions of images `rows` (B,), fp32."""

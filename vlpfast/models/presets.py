@@ -231,10 +231,42 @@ def uniter(size: str) -> ModelConfig:
     )
 
 
+def pixel_bert(size: str) -> ModelConfig:
+    """Pixel-BERT: one BERT over words and the cells of a CNN's grid, 100 of which training sees;
+    base is ResNet-50 with its last map halved, images of 768 px.
+
+    Deviations: group for batch normalisation, square images. The compact sizes normalise before
+    each branch, as `albef`'s, and have a small CNN.
+
+    Source: Huang et al. 2020, arXiv:2004.00849, section 3; no code was published.
+    """
+    base = size == "base"
+    bert = {"norm": "post", "norm_eps": 1e-12} if base else {"norm_eps": 1e-6}
+    dropout = {"dropout": 0.1, "attention_dropout": 0.1} if base else {}
+    grid = {"cnn": "resnet50", "patch_size": 64, "max_patches": 100}
+    if not base:
+        # Of 64 cells as large a share as 100 is of the largest published image's 240.
+        grid = {"cnn": "small", "patch_size": _compact(size)[2], "max_patches": 27}
+    return _one_stack(
+        "pixel-bert",
+        size,
+        image_size=768 if base else _compact(size)[1],
+        vision={"front": "grid", **grid, **bert},
+        text={
+            "vocab_size": 30522 if base else 4096,
+            "context_length": 512 if base else 77,
+            "token_types": 1,
+            **bert,
+        },
+        fusion=bert | dropout,
+    )
+
+
 _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "albef": albef,
     "clip": clip,
     "flip": flip,
+    "pixel-bert": pixel_bert,
     "uniter": uniter,
     "vilt": vilt,
 }
