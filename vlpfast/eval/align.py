@@ -78,8 +78,8 @@ def align_probe(
     true, shuffled = (100 * m / num_words for m in mass.tolist())
     return EvalResult(
         "align",
-        metrics={"true_region_mass": true, "shuffled_region_mass": shuffled},
-        chance={"true_region_mass": 100 * even / num_words},
+        metrics={"region_mass": true, "shuffled_region_mass": shuffled},
+        chance={"region_mass": 100 * even / num_words},
         counts={"num_words": num_words},
     )
 

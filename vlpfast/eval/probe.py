@@ -159,7 +159,7 @@ def swap_probe(
     return EvalResult(
         "swap",
         metrics=metrics,
-        chance={next(iter(wins)): 50.0},
+        chance={"swap_accuracy": 50.0},
         counts={"num_pairs": num_pairs},
         intervals={name: binomial_interval(value, num_pairs) for name, value in metrics.items()},
     )

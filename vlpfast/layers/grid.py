@@ -50,9 +50,9 @@ class ResNet(nn.Module):
         super().__init__()
         deep = kind == "resnet50"
         widths, depths = (
-            ((256, 512, 1024, 2048), (3, 4, 6, 3)) if deep else ((64, 128, 192), (2, 2, 2))
+            ((256, 512, 1024, 2048), (3, 4, 6, 3)) if deep else ((32, 64, 128), (2, 2, 2))
         )
-        stem = (3, 64, 7, 2) if deep else (3, 32, 3, 1)
+        stem = (3, 64, 7, 2) if deep else (3, 16, 3, 1)
         layers = [*_conv_norm(*stem), nn.ReLU(), *([nn.MaxPool2d(3, 2, 1)] if deep else [])]
         self.stride, width = (4 if deep else 1), stem[1]
         for stage, (out, depth) in enumerate(zip(widths, depths, strict=True)):

@@ -34,8 +34,8 @@ class ObjectivesConfig:
         mrfr, mrc, mrckl: hidden regions' features, classes, and class distributions.
             `mrm_probability` is the share of regions hidden, `mrm_reduction` what features and
             distributions are averaged over (`objectives.regions`).
-        mix: ((objective, ratio), ...): each step trains one of these, drawn by the ratios, and all
-            others that are enabled go with none; empty trains all in every step. WRA goes with ITM.
+        mix: ((objective, ratio), ...) of all that are enabled: each step trains one, drawn by the
+            ratios (WRA goes with ITM); empty trains all in every step.
         label_smoothing: of the contrastive targets.
         mlm_probability: share of tokens masked; `mlm_whole_word` masks whole words.
         momentum: decay of the teacher's weights per step; 0 trains without a teacher.
