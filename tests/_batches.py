@@ -4,6 +4,7 @@ import torch
 
 from vlpfast.data.batch import Batch
 from vlpfast.ragged import Ragged
+from vlpfast.regions import Regions
 
 
 def make_batch(
@@ -34,3 +35,14 @@ def make_batch(
         masked_text=text.with_values(masked_values) if masked else None,
         mlm_labels=labels if masked else None,
     )
+
+
+def make_regions(size: int = 5, *, dim: int = 64, classes: int = 65, seed: int = 0) -> Regions:
+    """1 to 4 random regions of each image, with boxes and class distributions."""
+    generator = torch.Generator().manual_seed(seed)
+    lens = torch.randint(1, 5, (size,), generator=generator)
+    count = int(lens.sum())
+    corners = torch.rand(count, 2, 2, generator=generator).sort(1).values
+    labels = torch.randn(count, classes, generator=generator).softmax(1)
+    features = torch.randn(size, 4, dim, generator=generator)
+    return Regions(Ragged.from_padded(features, lens), corners.flatten(1), labels)

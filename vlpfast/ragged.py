@@ -45,6 +45,13 @@ class Ragged:
         return cls(padded[valid], cu_seqlens, padded.shape[1])
 
     @classmethod
+    def from_dense(cls, dense: Tensor) -> Ragged:
+        """Packs `dense` (B, N, ...), all of whose tokens are valid."""
+        size, length = dense.shape[:2]
+        cu_seqlens = length * torch.arange(size + 1, dtype=torch.int32, device=dense.device)
+        return cls(dense.flatten(0, 1), cu_seqlens, length)
+
+    @classmethod
     def cat(cls, parts: Sequence[Ragged]) -> Ragged:
         """The sequences of all parts, one after the other."""
         offsets, base = [parts[0].cu_seqlens], parts[0].cu_seqlens[-1]

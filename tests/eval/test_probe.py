@@ -41,8 +41,13 @@ class Seer(nn.Module):
     def __init__(self, *, blind: bool = False, fusion: bool = True) -> None:
         super().__init__()
         self.blind, self.has_fusion = blind, fusion
-        self.config = SimpleNamespace(preset="seer")
-        self.register_buffer("logit_scale", torch.tensor(1.0))
+        self.has_joint_space = True
+        self.config = SimpleNamespace(preset="seer", vision=SimpleNamespace(front="patches"))
+        self.register_buffer("place", torch.tensor(1.0))
+
+    @property
+    def device(self) -> torch.device:
+        return self.place.device
 
     def encode_image(self, images: Tensor) -> SimpleNamespace:
         number = images[:, 0, 0, 0].long() * (not self.blind)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlpfast.ragged import Ragged
+from vlpfast.regions import Regions
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Batch:
             per-sample randomness.
         masked_text: `text` with tokens masked for MLM, or None.
         mlm_labels (T,): int64 original ids at masked positions, -100 elsewhere, or None.
+        regions: of the images, what a detector says of them, or None.
+        masked_regions: `regions` with some hidden for masked region modelling, or None.
     """
 
     images: Tensor
@@ -37,15 +40,29 @@ class Batch:
     positions: Tensor
     masked_text: Ragged | None = None
     mlm_labels: Tensor | None = None
+    regions: Regions | None = None
+    masked_regions: Regions | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
+
+    def visual(self, front: str) -> Tensor | Regions:
+        """What a front end of kind `front` reads: regions for "regions", else pixels.
+
+        Raises:
+            ValueError: it reads regions and the batch has none.
+        """
+        if front != "regions":
+            return self.images
+        if self.regions is None:
+            raise ValueError("the model reads regions and the batch has none: set data.regions")
+        return self.regions
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch with all tensors on `device`."""
         moved = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), (Tensor, Ragged))
+            if isinstance(value := getattr(self, f.name), (Tensor, Ragged, Regions))
         }
         return replace(self, **moved)

@@ -26,6 +26,9 @@ class DataConfig:
             vocabulary (.txt.gz).
         vocab_size: upper bound for "train".
         max_tokens: longest caption with start and end token; longer ones lose their tail.
+        regions: what the model reads in place of pixels, where it reads regions: "scenes" makes
+            them from the truth of generated scenes, "files" are those in `<path>.regions`
+            (`data.regions`); "" is none. Crops and flips do not apply to them.
         captions: places of the captions that training draws from; empty: all. A sample that has
             none of these draws from all it has.
         crop_scale: area of a training crop as a share of the image; (1, 1) takes the evaluation
@@ -56,6 +59,7 @@ class DataConfig:
     tokenizer: str = "train"
     vocab_size: int = 4096
     max_tokens: int = 32
+    regions: Literal["", "scenes", "files"] = ""
     captions: tuple[int, ...] = ()
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -93,6 +97,7 @@ class DataConfig:
             "verify": ("header", "decode"),
             "eval_crop": ("center", "squash"),
             "interpolation": ("bicubic", "linear"),
+            "regions": ("", "scenes", "files"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:

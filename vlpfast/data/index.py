@@ -176,7 +176,7 @@ class Index:
 
     def at(self, name: str, samples: np.ndarray) -> np.ndarray:
         """Column `name` at samples (B,), without reading the whole column."""
-        return self.tables[name][self._rows_of(samples)]
+        return self.tables[name][self.rows_of(samples)]
 
     def name(self, i: int) -> str:
         """Readable name of sample `i`: its path, or `shard.tar/member`."""
@@ -208,7 +208,7 @@ class Index:
 
     def caption_ranges(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First caption id and number of captions of samples (B,)."""
-        rows = self._rows_of(samples)
+        rows = self.rows_of(samples)
         starts = self.tables["caption_starts"]
         return starts[rows], starts[rows + 1] - starts[rows]
 
@@ -276,7 +276,8 @@ class Index:
                 offsets.close()
         return TokenTable(load_column(values_path), load_column(offsets_path))
 
-    def _rows_of(self, samples: np.ndarray) -> np.ndarray:
+    def rows_of(self, samples: np.ndarray) -> np.ndarray:
+        """Rows of the tables of samples (B,)."""
         return samples if isinstance(self.rows, range) else self.rows[samples]
 
 

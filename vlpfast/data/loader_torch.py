@@ -20,6 +20,7 @@ from vlpfast.data.config import DataConfig
 from vlpfast.data.decode import crop_resize, decode_rgb
 from vlpfast.data.index import Index
 from vlpfast.data.plan import StreamPlan, share
+from vlpfast.data.regions import open_regions
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.ragged import Ragged
 
@@ -84,6 +85,7 @@ class TorchLoader:
         self.corrupt: dict[str, str] = {}
         self.plan = StreamPlan(index.num_samples, batch_size, seed, rank, world, config.window)
         self._share = None if train else share(index.num_samples, rank, world)
+        self._regions = open_regions(index, config.regions)
         self._tokens = index.tokens(tokenizer, config.max_tokens)
         self.num_workers = config.workers or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
         self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="vlpfast-data")
@@ -134,6 +136,9 @@ class TorchLoader:
             image_ids=torch.from_numpy(np.array(self.index.at("image_ids", draws.samples))),
             sample_ids=torch.from_numpy(draws.samples),
             positions=positions,
+            regions=(
+                self._regions.at(self.index.rows_of(draws.samples)) if self._regions else None
+            ),
         )
 
     def draws(self, step: int) -> Draws:

@@ -1,4 +1,6 @@
-"""Masked-language-model inputs, a function of (seed, place in the stream, token)."""
+"""What masked modelling hides of texts and regions, a function of (seed, place in the stream,
+token).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,12 @@ from torch import Tensor
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.ops.reference.counter import draw, stream, uniform
 from vlpfast.ragged import Ragged
+from vlpfast.regions import Regions
 
 IGNORE_INDEX = -100
 # Upper bits of the counter, so that the three numbers of a token are distinct draws of its row's
 # stream.
-_SELECT, _REPLACE, _RANDOM_ID = (purpose << 24 for purpose in (0x10, 0x11, 0x12))
+_SELECT, _REPLACE, _RANDOM_ID, _REGION = (purpose << 24 for purpose in (0x10, 0x11, 0x12, 0x13))
 
 
 def mask_text(
@@ -66,12 +69,42 @@ def mask_text(
         unit_places = places[begins][begins.cumsum(0) - 1]
     bits = draw(keys, unit_places + _SELECT)
     maskable = ~special[ids]
-    smallest = torch.full((len(text),), 1 << 32, device=device)
-    smallest = smallest.scatter_reduce(0, row_ids[maskable], bits[maskable], "amin")
-    chosen = maskable & ((uniform(bits) < probability) | (bits == smallest[row_ids]))
+    chosen = _choose(bits, row_ids, maskable, len(text), probability)
 
     kind = uniform(draw(keys, places + _REPLACE))
     random_ids = ordinary_ids[(draw(keys, places + _RANDOM_ID) * len(ordinary_ids)) >> 32]
     replaced = torch.where(kind < 0.8, tokenizer.mask_id, torch.where(kind < 0.9, random_ids, ids))
     labels = torch.where(chosen, ids, IGNORE_INDEX)
     return text.with_values(torch.where(chosen, replaced, ids)), labels
+
+
+def mask_regions(
+    regions: Regions, *, probability: float = 0.15, seed: int, positions: Tensor | np.ndarray
+) -> Regions:
+    """`regions` with some hidden: each with `probability`, and at least one of each image.
+
+    Args:
+        regions: of B images.
+        probability: in (0, 1].
+        seed: of the run.
+        positions (B,): int64 place of each image in the training stream.
+
+    Source: Chen et al. 2020 (UNITER), section 3.2, arXiv:1909.11740.
+    """
+    features = regions.features
+    positions = torch.as_tensor(positions, device=features.values.device)
+    if positions.shape != (len(regions),):
+        raise ValueError(f"positions must be ({len(regions)},), got {tuple(positions.shape)}")
+    row_ids = features.row_ids()
+    bits = draw(stream(seed, positions)[row_ids], features.positions() + _REGION)
+    every = torch.ones_like(bits, dtype=torch.bool)
+    return regions.hide(_choose(bits, row_ids, every, len(regions), probability))
+
+
+def _choose(
+    bits: Tensor, row_ids: Tensor, maskable: Tensor, num_rows: int, probability: float
+) -> Tensor:
+    """Which maskable tokens are chosen: those whose number is small, or the smallest of its row."""
+    smallest = torch.full((num_rows,), 1 << 32, device=bits.device)
+    smallest = smallest.scatter_reduce(0, row_ids[maskable], bits[maskable], "amin")
+    return maskable & ((uniform(bits) < probability) | (bits == smallest[row_ids]))

@@ -63,7 +63,7 @@ def mlm_probe(
         seed: of the masks and of the choice of the other image.
     """
     _need_fusion(model, "mlm")
-    device = model.logit_scale.device
+    device = model.device
     hits = torch.zeros(2, dtype=torch.int64, device=device)
     seen = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     num_samples = 0
@@ -75,7 +75,8 @@ def mlm_probe(
             continue
         seen += labels[chosen].bincount(minlength=len(seen)).cpu()
         num_samples += int(differs.sum())
-        keys = model.image_keys(model.encode_image(batch.images.to(device)).tokens)
+        images = batch.visual(model.config.vision.front).to(device)
+        keys = model.image_keys(model.encode_image(images).tokens)
         text = model.encode_text(masked.to(device)).tokens
         chosen, labels = chosen.to(device), labels.to(device)
         for case, kv_index in enumerate((torch.arange(len(batch)), partner)):
@@ -114,15 +115,17 @@ def swap_probe(
     a bag of words scores 50 %. An equal score counts one half.
 
     Args:
-        model: in eval mode; without a fusion tower only the contrastive score is measured.
+        model: in eval mode; the contrastive score is measured where there is a joint space, the
+            matching score where there is a fusion tower.
         batches: images and sample ids.
         records: an index; samples whose record lacks either caption are passed over.
         tokenizer: of the captions.
         max_tokens: longer captions lose their tail.
         true_key, swapped_key: fields of the record.
     """
-    device = model.logit_scale.device
-    wins = {"swap_accuracy": 0.0} | ({"itm_swap_accuracy": 0.0} if model.has_fusion else {})
+    device = model.device
+    wins = {"swap_accuracy": 0.0} if model.has_joint_space else {}
+    wins |= {"itm_swap_accuracy": 0.0} if model.has_fusion else {}
     num_pairs = 0
     for batch in batches:
         fields = [records.record(i) for i in batch.sample_ids.tolist()]
@@ -138,9 +141,11 @@ def swap_probe(
         num_pairs += len(rows)
         captions = [fields[i][key] for key in (true_key, swapped_key) for i in rows]
         tokens = Ragged.from_lists(tokenizer.encode(captions, max_tokens), device)
-        image, text = model.encode_image(batch.images[rows].to(device)), model.encode_text(tokens)
-        similarity = image.embedding.repeat(2, 1).mul(text.embedding).sum(-1)
-        wins["swap_accuracy"] += _wins(similarity)
+        images = batch.visual(model.config.vision.front)[rows].to(device)
+        image, text = model.encode_image(images), model.encode_text(tokens)
+        if model.has_joint_space:
+            similarity = image.embedding.repeat(2, 1).mul(text.embedding).sum(-1)
+            wins["swap_accuracy"] += _wins(similarity)
         if model.has_fusion:
             kv_index = torch.arange(len(rows), device=device).repeat(2)
             fused = model.fuse(text.tokens, model.image_keys(image.tokens), kv_index)

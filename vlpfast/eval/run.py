@@ -1,4 +1,4 @@
-"""Evaluates a model, or the newest weights of a run folder, on retrieval, mlm and swap."""
+"""Evaluates a model, or the newest weights of a run folder, on retrieval, mlm, swap and align."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, open_index
 from vlpfast.data.tokenizer import Tokenizer
+from vlpfast.eval.align import align_probe
 from vlpfast.eval.load import load_run
 from vlpfast.eval.probe import mlm_probe, swap_probe
 from vlpfast.eval.report import EvalResult, save_bars
 from vlpfast.eval.rerank import rerank
 from vlpfast.eval.retrieval import PoolTexts, recall_metrics, retrieval_ranks
+from vlpfast.models.presets import missing
 from vlpfast.models.vlp import VLPModel
 from vlpfast.ragged import Ragged
 
-TASKS = ("retrieval", "mlm", "swap")
+TASKS = ("retrieval", "mlm", "swap", "align")
 
 
 @dataclass(frozen=True)
@@ -182,11 +184,16 @@ class _Evaluation:
             index = replace(index, rows=np.asarray(index.rows)[: options.max_samples])
         self.model, self.index, self.tokenizer = model, index, tokenizer
         self.data, self.options = data, options
-        self.device = model.logit_scale.device
+        self.device = model.device
         self.corrupt: dict[str, str] = {}
 
     def retrieval(self) -> EvalResult:
         options, model = self.options, self.model
+        if not model.has_joint_space:
+            raise ValueError(
+                "retrieval ranks by embeddings in a joint space; "
+                f"{missing(model.config.preset, 'a joint space')}"
+            )
         if options.rerank_k and not model.has_fusion:
             raise ValueError(
                 f"rerank_k needs a fusion tower; preset {model.config.preset!r} has none"
@@ -236,6 +243,14 @@ class _Evaluation:
             self.tokenizer,
             max_tokens=self.data.max_tokens,
         )
+
+    def align(self) -> EvalResult:
+        if self.model.config.vision.front != "regions":
+            raise ValueError(
+                "align needs a model that reads regions beside words, as 'uniter'; "
+                f"preset {self.model.config.preset!r} does not"
+            )
+        return align_probe(self.model, self._batches("align"), self.index, self.tokenizer)
 
     def _batches(self, what: str) -> Iterator[Batch]:
         """One pass over the images."""

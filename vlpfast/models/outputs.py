@@ -11,15 +11,29 @@ from vlpfast.ragged import Ragged
 
 @dataclass(frozen=True)
 class ImageOutput:
-    """tokens (B, N, D): class token first; embedding (B, E): L2-normalised, in the joint space."""
+    """tokens (B, N, D): class token first; of regions packed (T, D). embedding (B, E):
+    L2-normalised, in the joint space; None where the model has none.
+    """
 
-    tokens: Tensor
-    embedding: Tensor
+    tokens: Tensor | Ragged
+    embedding: Tensor | None
 
 
 @dataclass(frozen=True)
 class TextOutput:
-    """tokens: packed (T, D); embedding (B, E): L2-normalised, in the joint space."""
+    """tokens: packed (T, D); embedding as in `ImageOutput`."""
 
     tokens: Ragged
-    embedding: Tensor
+    embedding: Tensor | None
+
+
+@dataclass(frozen=True)
+class FusedOutput:
+    """R (text, image) rows after fusion.
+
+    text: packed text tokens (T, D); image: packed image tokens of the same rows, None where fusion
+    leaves the images as they are ("cross").
+    """
+
+    text: Ragged
+    image: Ragged | None

@@ -1,10 +1,11 @@
-"""The three stacks: vision, text and fusion.
+"""The three stacks: vision, text and fusion, each of the two kinds of fusion a class.
 
 Each takes tokens in and gives tokens out; heads and losses are elsewhere.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 
 from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
 from vlpfast.layers.embedding import PatchEmbedding, TokenEmbedding
-from vlpfast.models.config import ModelConfig, StackConfig, TextConfig, VisionConfig
+from vlpfast.layers.grid import GridEmbedding
+from vlpfast.layers.region import RegionEmbedding
+from vlpfast.models.config import FusionConfig, ModelConfig, StackConfig, TextConfig, VisionConfig
+from vlpfast.models.outputs import FusedOutput
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
+from vlpfast.regions import Regions
 
 
 def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
@@ -35,9 +40,9 @@ def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
 
 
 def _final_norm(config: StackConfig) -> ResidualNorm | None:
-    return (
-        ResidualNorm(config.dim, config.norm_eps, config.dropout) if config.norm == "pre" else None
-    )
+    if config.norm != "pre" or not config.depth:
+        return None
+    return ResidualNorm(config.dim, config.norm_eps, config.dropout)
 
 
 def _finish(
@@ -46,32 +51,47 @@ def _finish(
     return residual if norm is None else norm(branch, residual, fold_seed(seed, -1))[0]
 
 
+def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
+    pixels = {"mean": model.image_mean, "std": model.image_std}
+    if config.front == "regions":
+        return RegionEmbedding(config.dim, config.region_dim, config.norm_eps)
+    if config.front == "grid":
+        return GridEmbedding(config.dim, config.cnn, patch_size=config.patch_size, **pixels)
+    return PatchEmbedding(
+        config.dim,
+        image_size=model.image_size,
+        patch_size=config.patch_size,
+        bias=config.patch_bias,
+        position=config.position,
+        **pixels,
+    )
+
+
 class VisionTower(nn.Module):
-    """uint8 images -> tokens (B, 1 + K, D), class token first, normalised."""
+    """uint8 images -> tokens (B, 1 + K, D), class token first, normalised; a grid has no class
+    token. Regions -> packed tokens (T, D).
+    """
 
     def __init__(self, config: VisionConfig, model: ModelConfig) -> None:
         super().__init__()
-        self.embedding = PatchEmbedding(
-            config.dim,
-            image_size=model.image_size,
-            patch_size=config.patch_size,
-            bias=config.patch_bias,
-            position=config.position,
-            mean=model.image_mean,
-            std=model.image_std,
-        )
+        self.embedding = _front_end(config, model)
         self.embed_norm = ResidualNorm(config.dim, config.norm_eps) if config.embed_norm else None
         self.blocks = _blocks(config)
         self.norm = _final_norm(config)
 
-    def forward(self, images: Tensor, keep_ids: Tensor | None = None, seed: int = 0) -> Tensor:
-        branch, residual = None, self.embedding(images, keep_ids)
+    def forward(
+        self, images: Tensor | Regions, keep_ids: Tensor | None = None, seed: int = 0
+    ) -> Tensor | Ragged:
+        tokens = self.embedding(images, keep_ids)
+        packed = tokens if isinstance(tokens, Ragged) else None
+        branch, residual = None, tokens if packed is None else packed.values
         if self.embed_norm is not None:
             residual, _ = self.embed_norm(residual)
-        layout = Layout()
+        layout = Layout() if packed is None else Layout(packed.cu_seqlens, packed.max_len)
         for number, block in enumerate(self.blocks):
             branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
-        return _finish(self.norm, branch, residual, seed)
+        out = _finish(self.norm, branch, residual, seed)
+        return out if packed is None else packed.with_values(out)
 
 
 class TextTower(nn.Module):
@@ -130,14 +150,72 @@ class FusionTower(nn.Module):
         """Image tokens (B, N, D_image) -> keys and values of every layer."""
         return ImageKeys(self.image_kv(image_tokens).unflatten(-1, (self.depth, 2, self.heads, -1)))
 
-    def forward(self, text: Ragged, keys: ImageKeys, kv_index: Tensor, seed: int = 0) -> Ragged:
+    def forward(
+        self, text: Ragged, keys: ImageKeys, kv_index: Tensor, seed: int = 0
+    ) -> FusedOutput:
         branch, residual = None, text.values
         layout = Layout(text.cu_seqlens, text.max_len)
         for number, block in enumerate(self.blocks):
             branch, residual = block(
                 branch, residual, layout, keys.layer(number, kv_index), fold_seed(seed, number)
             )
-        return text.with_values(_finish(self.norm, branch, residual, seed))
+        return FusedOutput(text.with_values(_finish(self.norm, branch, residual, seed)), None)
+
+
+class ConcatTower(nn.Module):
+    """Blocks over sequences that hold a text's tokens, then its image's (UNITER, ViLT)."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.modality = nn.Parameter(torch.empty(2, config.dim)) if config.modality_types else None
+        self.blocks = _blocks(config)
+        self.norm = _final_norm(config)
+
+    def image_keys(self, image_tokens: Tensor | Ragged) -> Ragged:
+        """Image tokens (B, N, D) or packed, as `forward` reads them: packed."""
+        if isinstance(image_tokens, Ragged):
+            return image_tokens
+        return Ragged.from_dense(image_tokens)
+
+    def forward(
+        self,
+        text: Ragged,
+        keys: Ragged,
+        kv_index: Tensor,
+        seed: int = 0,
+        *,
+        text_blocks: Tensor | None = None,
+    ) -> FusedOutput:
+        """Row r joins text r and image `kv_index[r]`; nothing is padded.
+
+        Args:
+            text: packed tokens (T, D) of R texts.
+            keys: packed tokens of the images.
+            kv_index (R,): int64.
+            seed: keys dropout in training.
+            text_blocks (T,): int >= 0, which text tokens see each other (`ops.attention`); images
+                are block 0, which all see. None: everything sees everything.
+        """
+        if self.modality is not None:
+            text = text.with_values(text.values + self.modality[0])
+            keys = keys.with_values(keys.values + self.modality[1])
+        own = torch.arange(len(text), device=kv_index.device)
+        pieces = torch.stack([own, len(text) + kv_index], 1).flatten()
+        packed = Ragged.cat([text, keys]).select(pieces)
+        blocks = None
+        if text_blocks is not None:
+            of_images = keys.with_values(text_blocks.new_zeros(keys.values.shape[0]))
+            blocks = Ragged.cat([text.with_values(text_blocks), of_images]).select(pieces).values
+        # Every other offset: a text and its image are one sequence.
+        layout = Layout(packed.cu_seqlens[::2].contiguous(), text.max_len + keys.max_len, blocks)
+        branch, residual = None, packed.values
+        for number, block in enumerate(self.blocks):
+            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
+        packed = packed.with_values(_finish(self.norm, branch, residual, seed))
+        texts, images = packed.select(2 * own), packed.select(2 * own + 1)
+        return FusedOutput(
+            replace(texts, max_len=text.max_len), replace(images, max_len=keys.max_len)
+        )
 
 
 @torch.no_grad()
@@ -159,11 +237,15 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
             nn.init.normal_(parameter, std=output_std)
         elif name.endswith("fc1.weight"):
             nn.init.normal_(parameter, std=hidden_std)
-        elif name.endswith(("embedding.token", "embedding.token_type", "class_token")):
+        elif name.endswith(("embedding.token", "token_type", "class_token", "modality", ".kind")):
             nn.init.normal_(parameter, std=0.02)
         elif name.endswith("position"):
             nn.init.normal_(parameter, std=0.02 if post else 0.01)
         elif name.endswith("embedding.weight"):
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        elif ".cnn." in name and parameter.dim() == 4:
+            nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+        elif name.endswith(("feature.weight", "box.weight", "cell.weight", "hidden_feature")):
+            nn.init.normal_(parameter, std=0.02 if post else parameter.shape[-1] ** -0.5)
         elif name.endswith(".bias"):
             nn.init.zeros_(parameter)

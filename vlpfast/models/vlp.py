@@ -12,11 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlpfast.layers.block import ResidualNorm
-from vlpfast.models.config import ModelConfig
-from vlpfast.models.outputs import ImageOutput, TextOutput
-from vlpfast.models.presets import preset_config
-from vlpfast.models.towers import FusionTower, ImageKeys, TextTower, VisionTower, init_tower
+from vlpfast.layers.region import RegionHeads
+from vlpfast.models.config import FusionConfig, ModelConfig
+from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
+from vlpfast.models.presets import missing, preset_config
+from vlpfast.models.towers import (
+    ConcatTower,
+    FusionTower,
+    ImageKeys,
+    TextTower,
+    VisionTower,
+    init_tower,
+)
 from vlpfast.ragged import Ragged
+from vlpfast.regions import Regions
 
 
 def _full(x: Tensor) -> Tensor:
@@ -57,15 +66,22 @@ class VLPModel(nn.Module):
         vision, text, fusion = config.vision, config.text, config.fusion
         self.vision = VisionTower(vision, config)
         self.text = TextTower(text)
-        self.fusion = FusionTower(fusion, vision.dim) if fusion.depth else None
-        self.image_projection = nn.Linear(vision.dim, config.embed_dim, bias=config.projection_bias)
-        self.text_projection = nn.Linear(text.dim, config.embed_dim, bias=config.projection_bias)
+        self.fusion = _fusion_tower(fusion, vision.dim)
+        joint, bias = config.embed_dim, config.projection_bias
+        self.image_projection = nn.Linear(vision.dim, joint, bias=bias) if joint else None
+        self.text_projection = nn.Linear(text.dim, joint, bias=bias) if joint else None
+        self.pooler = nn.Linear(fusion.dim, fusion.dim) if fusion.pooler else None
         self.match_head = nn.Linear(fusion.dim, 2) if fusion.depth else None
         self.token_head = (
             TokenHead(text.dim, text.vocab_size, text.norm_eps) if config.mlm_head else None
         )
+        self.region_heads = (
+            RegionHeads(fusion.dim, vision.region_dim, vision.region_classes, fusion.norm_eps)
+            if config.region_heads
+            else None
+        )
         init = math.log(config.scale_init) if config.scale == "log" else 1 / config.scale_init
-        self.scale = nn.Parameter(torch.tensor(init))
+        self.scale = nn.Parameter(torch.tensor(init)) if joint else None
         self.init_weights()
 
     @torch.no_grad()
@@ -76,9 +92,11 @@ class VLPModel(nn.Module):
         if self.fusion is not None:
             init_tower(self.fusion, self.config.fusion)
         for projection in (self.image_projection, self.text_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-        for head in (self.match_head, self.token_head.dense if self.token_head else None):
-            if head is not None:
+            if projection is not None:
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        heads = (self.match_head, self.token_head, self.pooler, self.region_heads)
+        for head in (m for part in heads if part is not None for m in part.modules()):
+            if isinstance(head, nn.Linear):
                 nn.init.normal_(head.weight, std=0.02)
                 nn.init.zeros_(head.bias)
 
@@ -88,13 +106,26 @@ class VLPModel(nn.Module):
         return self.fusion is not None
 
     @property
+    def has_joint_space(self) -> bool:
+        """Whether images and texts are embedded where they can be compared."""
+        return self.scale is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return self.text.embedding.token.device
+
+    @property
     def logit_scale(self) -> Tensor:
         """0-d multiplier of the cosine similarities."""
+        self._need(self.scale, "a joint space")
         return self.scale.exp() if self.config.scale == "log" else 1 / self.scale
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
         """Keeps the multiplier within [scale_min, scale_max]; called after each optimizer step."""
+        if self.scale is None:
+            return
         low, high = self.config.scale_min, self.config.scale_max
         if self.config.scale == "log":
             self.scale.clamp_(math.log(low) if low > 0 else None, math.log(high))
@@ -102,19 +133,27 @@ class VLPModel(nn.Module):
             self.scale.clamp_(1 / high, 1 / low if low > 0 else None)
 
     def encode_image(
-        self, images: Tensor, keep_ids: Tensor | None = None, *, seed: int = 0
+        self, images: Tensor | Regions, keep_ids: Tensor | None = None, *, seed: int = 0
     ) -> ImageOutput:
         """Image tower and its projection.
 
         Args:
-            images (B, S, S, 3): uint8, S = config.image_size.
+            images (B, S, S, 3): uint8, S = config.image_size; or what a detector saw in B images,
+                where `config.vision.front` is "regions".
             keep_ids (B, K): int64 ascending ids of the patches to embed; None keeps all.
             seed: keys dropout in training.
         """
-        side = self.config.image_size
-        if images.shape[1:] != (side, side, 3):
+        side, wants_regions = self.config.image_size, self.config.vision.front == "regions"
+        if isinstance(images, Regions) != wants_regions:
+            raise TypeError(
+                f"preset {self.config.preset!r} reads {'regions' if wants_regions else 'pixels'}, "
+                f"got {type(images).__name__}"
+            )
+        if not wants_regions and images.shape[1:] != (side, side, 3):
             raise ValueError(f"images must be (B, {side}, {side}, 3), got {tuple(images.shape)}")
         tokens = self.vision(images, keep_ids, seed)
+        if self.image_projection is None:
+            return ImageOutput(tokens, None)
         pooled = tokens[:, 0] if self.config.vision.pool == "first" else tokens.mean(1)
         return ImageOutput(tokens, _unit(self.image_projection(pooled)))
 
@@ -124,22 +163,30 @@ class VLPModel(nn.Module):
         `text` packs int64 token ids with their start and end tokens.
         """
         tokens = self.text(text, seed)
+        if self.text_projection is None:
+            return TextOutput(tokens, None)
         pooled = tokens.values[text.first() if self.config.text.pool == "first" else text.last()]
         return TextOutput(tokens, _unit(self.text_projection(pooled)))
 
-    def image_keys(self, image_tokens: Tensor) -> ImageKeys:
-        """Keys and values of all fusion layers for images (B, N, D), one GEMM; any number of texts
-        may read them.
+    def image_keys(self, image_tokens: Tensor | Ragged) -> ImageKeys | Ragged:
+        """What `fuse` reads of images (B, N, D) or packed, once for any number of texts: keys and
+        values of all fusion layers by one GEMM, or ("concat") the packed tokens.
         """
         self._need(self.fusion, "a fusion tower")
         return self.fusion.image_keys(image_tokens)
 
     def fuse(
-        self, text_tokens: Ragged, keys: ImageKeys, kv_index: Tensor, *, seed: int = 0
+        self, text_tokens: Ragged, keys: ImageKeys | Ragged, kv_index: Tensor, *, seed: int = 0
     ) -> Ragged:
         """Text row r of `text_tokens` reads image `kv_index[r]` (int64) of `keys` -> packed fused
         tokens (T, D).
         """
+        return self.fuse_pairs(text_tokens, keys, kv_index, seed=seed).text
+
+    def fuse_pairs(
+        self, text_tokens: Ragged, keys: ImageKeys | Ragged, kv_index: Tensor, *, seed: int = 0
+    ) -> FusedOutput:
+        """`fuse` with the fused image tokens too."""
         self._need(self.fusion, "a fusion tower")
         return self.fusion(text_tokens, keys, kv_index, seed)
 
@@ -151,8 +198,22 @@ class VLPModel(nn.Module):
 
     def match_logits(self, first_tokens: Tensor) -> Tensor:
         """`match` on first tokens (R, D) already taken."""
-        self._need(self.match_head, "a matching head")
-        return _full(self.match_head(first_tokens))
+        self._need(self.match_head, "a fusion tower")
+        return _full(self.match_head(self.pool(first_tokens)))
+
+    def pool(self, first_tokens: Tensor) -> Tensor:
+        """What the matching head reads of first tokens (R, D): BERT's pooler where there is one."""
+        return first_tokens if self.pooler is None else self.pooler(first_tokens).tanh()
+
+    def region_features(self, hidden: Tensor) -> Tensor:
+        """Features (n, region_dim) of hidden regions from their fused tokens (n, D)."""
+        self._need(self.region_heads, "region heads")
+        return _full(self.region_heads.features(hidden, self.vision.embedding))
+
+    def region_logits(self, hidden: Tensor) -> Tensor:
+        """Class logits (n, region_classes) of hidden regions from their fused tokens (n, D)."""
+        self._need(self.region_heads, "region heads")
+        return _full(self.region_heads.logits(hidden))
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (n, V) of hidden states (n, D)."""
@@ -165,11 +226,15 @@ class VLPModel(nn.Module):
         self._need(self.token_head, "a token head")
         return self.token_head(hidden), self.text.embedding.token, self.token_head.bias
 
-    def _need(self, part: nn.Module | None, what: str) -> None:
+    def _need(self, part: nn.Module | Tensor | None, what: str) -> None:
         if part is None:
-            raise ValueError(
-                f"preset {self.config.preset!r} has no {what.split(' ', 1)[1]}; 'albef' has one"
-            )
+            raise ValueError(missing(self.config.preset, what))
+
+
+def _fusion_tower(config: FusionConfig, image_dim: int) -> FusionTower | ConcatTower | None:
+    if not config.depth:
+        return None
+    return ConcatTower(config) if config.kind == "concat" else FusionTower(config, image_dim)
 
 
 def create_model(preset: str, size: str = "tiny", **overrides) -> VLPModel:

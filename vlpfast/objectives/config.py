@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from vlpfast.ops.seed import fold_seed
+
+OBJECTIVES = ("itc", "itm", "mlm", "wra", "mrfr", "mrc", "mrckl")
+# What of `ModelConfig.parts` each needs.
+NEEDS = {
+    "itc": ("a joint space",),
+    "itm": ("a fusion tower",),
+    "mlm": ("a fusion tower", "a token head"),
+    "wra": ("fused image tokens",),
+    "mrfr": ("region heads",),
+    "mrc": ("region heads",),
+    "mrckl": ("region heads",),
+}
 
 
 @dataclass(frozen=True)
@@ -11,8 +26,16 @@ class ObjectivesConfig:
 
     Attributes:
         itc: image-text contrast.
-        itm: image-text matching; one hard negative image and one hard negative text per pair.
+        itm: image-text matching. `itm_negatives` "hard": one hard negative image and one hard
+            negative text per pair; "random": half of the pairs get another image of the batch.
         mlm: masked language modelling on the text that reads its image.
+        wra: word-region alignment of the pairs that random matching sees, by optimal transport;
+            `wra_tokens` "all" as UNITER, "inner" as ViLT (`objectives.regions.aligned_masks`).
+        mrfr, mrc, mrckl: hidden regions' features, classes, and class distributions.
+            `mrm_probability` is the share of regions hidden, `mrm_reduction` what features and
+            distributions are averaged over (`objectives.regions`).
+        mix: ((objective, ratio), ...) of all that are enabled: each step trains one, drawn by the
+            ratios (WRA goes with ITM); empty trains all in every step.
         label_smoothing: of the contrastive targets.
         mlm_probability: share of tokens masked; `mlm_whole_word` masks whole words.
         momentum: decay of the teacher's weights per step; 0 trains without a teacher.
@@ -24,6 +47,15 @@ class ObjectivesConfig:
     itc: float = 1.0
     itm: float = 0.0
     mlm: float = 0.0
+    wra: float = 0.0
+    mrfr: float = 0.0
+    mrc: float = 0.0
+    mrckl: float = 0.0
+    itm_negatives: Literal["hard", "random"] = "hard"
+    wra_tokens: Literal["all", "inner"] = "all"
+    mrm_probability: float = 0.15
+    mrm_reduction: Literal["paper", "code"] = "code"
+    mix: tuple[tuple[str, float], ...] = ()
     label_smoothing: float = 0.0
     mlm_probability: float = 0.15
     mlm_whole_word: bool = False
@@ -33,15 +65,33 @@ class ObjectivesConfig:
     alpha_ramp_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("itc", "itm", "mlm"):
+        for name in OBJECTIVES:
             if getattr(self, name) < 0:
                 raise ValueError(f"objectives.{name} must be >= 0, got {getattr(self, name)}")
-        if not (self.itc or self.itm or self.mlm):
-            raise ValueError("objectives: at least one of itc, itm, mlm must be > 0")
-        if self.itm and not self.itc:
+        if not self.weights:
+            raise ValueError(f"objectives: at least one of {', '.join(OBJECTIVES)} must be > 0")
+        if self.itm and self.itm_negatives == "hard" and not self.itc:
             raise ValueError(
                 "objectives.itm draws its negatives from itc's similarities: set objectives.itc > 0"
+                " or objectives.itm_negatives 'random'"
             )
+        if self.wra and not (self.itm and self.itm_negatives == "random"):
+            raise ValueError(
+                "objectives.wra aligns the pairs of random matching: set objectives.itm > 0 and "
+                "objectives.itm_negatives 'random'"
+            )
+        if not 0 < self.mrm_probability <= 1:
+            raise ValueError(
+                f"objectives.mrm_probability must be in (0, 1], got {self.mrm_probability}"
+            )
+        mixed = {name for name, _ in self.mix}
+        if self.mix and mixed != self.weights.keys() - {"wra"}:
+            raise ValueError(
+                "objectives.mix must name the enabled objectives (not wra, which goes with itm) "
+                f"{sorted(self.weights.keys() - {'wra'})}, got {sorted(mixed)}"
+            )
+        if any(ratio <= 0 for _, ratio in self.mix):
+            raise ValueError(f"objectives.mix must have ratios > 0, got {self.mix}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"objectives.momentum must be in [0, 1), got {self.momentum}")
         if (self.queue_size or self.alpha) and not self.momentum:
@@ -53,7 +103,24 @@ class ObjectivesConfig:
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each enabled objective."""
-        return {name: w for name in ("itc", "itm", "mlm") if (w := getattr(self, name)) > 0}
+        return {name: w for name in OBJECTIVES if (w := getattr(self, name)) > 0}
+
+    @property
+    def masks_regions(self) -> bool:
+        """Whether an objective predicts hidden regions."""
+        return bool(self.mrfr or self.mrc or self.mrckl)
+
+    def at(self, step: int, seed: int) -> ObjectivesConfig:
+        """What optimizer step `step` trains: all, or the one of `mix` that (seed, step) draw."""
+        if not self.mix:
+            return self
+        place = fold_seed(seed, step) / 2**63 * sum(ratio for _, ratio in self.mix)
+        for name, ratio in self.mix:
+            chosen, place = name, place - ratio
+            if place < 0:
+                break
+        kept = {chosen, "wra"} if chosen == "itm" else {chosen}
+        return replace(self, mix=(), **{n: 0.0 for n in OBJECTIVES if n not in kept})
 
     def alpha_at(self, step: int) -> float:
         """Weight of the teacher's targets at optimizer step `step` (ALBEF ramps it over the first

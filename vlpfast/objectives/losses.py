@@ -11,6 +11,17 @@ from torch import Tensor
 Loss = tuple[Tensor, Tensor]
 
 
+def pair_loss(logits: Tensor, matched: Tensor) -> tuple[Loss, Tensor]:
+    """Cross-entropy of image-text matching over R rows of known label (R,) bool; logits (R, 2).
+
+    Returns: (sum, count) and the number of rows that are classified rightly.
+    """
+    labels = matched.long()
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    right = (logits.argmax(1) == labels).sum()
+    return (loss, torch.tensor(len(labels), device=loss.device)), right
+
+
 def matching_loss(logits: Tensor, hard_text: Tensor, hard_image: Tensor) -> tuple[Loss, Tensor]:
     """Cross-entropy of image-text matching over B matched rows, B with a hard image and B with a
     hard text.

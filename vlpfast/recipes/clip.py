@@ -56,6 +56,23 @@ def emoji_model(model: ModelConfig, steps: int) -> ModelConfig:
     return replace(model, image_size=48, vision=vision, text=replace(model.text, depth=2))
 
 
+# Rendered scenes: whole images, captions of up to 48 tokens from few words.
+SCENES_DATA = DataConfig(
+    path="", vocab_size=512, max_tokens=48, crop_scale=(1.0, 1.0), cache_gib=1.0
+)
+
+
+def narrow(model: ModelConfig) -> ModelConfig:
+    """A compact `model` with all stacks 128 wide and 4 heads, for minutes on a core."""
+    shape = {"dim": 128, "heads": 4}
+    return replace(
+        model,
+        vision=replace(model.vision, **shape),
+        text=replace(model.text, **shape),
+        fusion=replace(model.fusion, **shape) if model.fusion.depth else model.fusion,
+    )
+
+
 def emoji(*, steps: int = 11_000) -> RunConfig:
     """`tiny` on the emoji set. With other `train.steps`, set `model.vision.patch_dropout_steps`
     too.

@@ -53,7 +53,11 @@ class World:
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         unsynced = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         return DistributedDataParallel(
-            module, device_ids=device_ids, gradient_as_bucket_view=True, **unsynced
+            module,
+            device_ids=device_ids,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=getattr(module, "has_idle_parameters", False),
+            **unsynced,
         )
 
     @contextlib.contextmanager

@@ -25,6 +25,7 @@ class Window:
         step_s: seconds in all.
         cpu_s: CPU seconds of this process in all, its loading threads included.
         losses: sum of each loss.
+        counts: of how many steps each loss is the sum; a step need not have all.
     """
 
     steps: int = 0
@@ -32,6 +33,7 @@ class Window:
     step_s: float = 0.0
     cpu_s: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, data_s: float, step_s: float, cpu_s: float, losses: Mapping[str, float]) -> None:
         """Takes in one step."""
@@ -41,10 +43,11 @@ class Window:
         self.cpu_s += cpu_s
         for name, value in losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
         """Mean of each loss."""
-        return {name: value / self.steps for name, value in self.losses.items()}
+        return {name: value / self.counts[name] for name, value in self.losses.items()}
 
 
 class RunLog:
@@ -120,7 +123,7 @@ def log_line(
 
     Args:
         row: what goes to `metrics.jsonl` at this step.
-        last: each loss at this step; in parentheses follows the mean since the line before.
+        last: each loss that this step has; in parentheses follows the mean since the line before.
         num_samples: samples of an epoch.
         total_steps: steps of the run.
         world: number of processes.
@@ -129,7 +132,9 @@ def log_line(
     seen = row["samples_seen"] - row["epoch"] * num_samples
     unit = "gpu" if device == "cuda" else "process"
     rate = row["samples_per_s"]
-    losses = " ".join(f"{_title(n)}: {last[n]:#.5g} ({m:#.5g})" for n, m in row["losses"].items())
+    losses = " ".join(
+        f"{_title(n)}: {last.get(n, m):#.5g} ({m:#.5g})" for n, m in row["losses"].items()
+    )
     metrics = " ".join(f"{_title(n)}: {v:.4g}" for n, v in row["metrics"].items())
     return (
         f"Train Epoch: {row['epoch']} "

@@ -13,7 +13,7 @@ from vlpfast.data.batch import Batch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, make_tokenizer, open_index
-from vlpfast.data.masking import mask_text
+from vlpfast.data.masking import mask_regions, mask_text
 from vlpfast.data.sources import containers
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.models.vlp import VLPModel
@@ -70,17 +70,22 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
             )
 
         def prepare(batch: Batch) -> Batch:
-            if not config.objectives.mlm:
-                return batch
-            masked, labels = mask_text(
-                batch.text,
-                tokenizer,
-                probability=config.objectives.mlm_probability,
-                whole_word=config.objectives.mlm_whole_word,
-                seed=seed,
-                positions=batch.positions,
-            )
-            return replace(batch, masked_text=masked, mlm_labels=labels)
+            objectives, key = config.objectives, {"seed": seed, "positions": batch.positions}
+            if objectives.mlm:
+                masked, labels = mask_text(
+                    batch.text,
+                    tokenizer,
+                    probability=objectives.mlm_probability,
+                    whole_word=objectives.mlm_whole_word,
+                    **key,
+                )
+                batch = replace(batch, masked_text=masked, mlm_labels=labels)
+            if objectives.masks_regions:
+                hidden = mask_regions(
+                    batch.visual("regions"), probability=objectives.mrm_probability, **key
+                )
+                batch = replace(batch, masked_regions=hidden)
+            return batch
 
         run = Run(
             name=config.name,

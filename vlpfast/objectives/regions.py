@@ -1,0 +1,102 @@
+"""Losses on regions: transport between words and regions, and what hidden regions were."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlpfast.objectives.losses import Loss
+from vlpfast.ops.transport import wra_loss
+from vlpfast.ragged import Ragged
+
+AlignedTokens = Literal["all", "inner"]
+# Of a detector's classes.
+BACKGROUND = 0
+
+
+def aligned_masks(
+    text: Ragged, image: Ragged, tokens: AlignedTokens
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Padded text (R, M, D) and image (R, N, D) tokens, and which take part in the transport.
+
+    Args:
+        text, image: packed tokens of R rows.
+        tokens: "all" is UNITER's choice; "inner" is ViLT's: no start or end token, and no class
+            token, which the image has first.
+
+    Returns: text, image, text mask (R, M), image mask (R, N), bool.
+    """
+    (words, word_mask), (places, place_mask) = text.pad(), image.pad()
+    if tokens == "inner":
+        position = torch.arange(words.shape[1], device=words.device)
+        word_mask = (position > 0) & (position < text.lens[:, None] - 1)
+        place_mask = place_mask.clone()
+        place_mask[:, 0] = False
+    return words, places, word_mask, place_mask
+
+
+def alignment_loss(text: Ragged, image: Ragged, matched: Tensor, tokens: AlignedTokens) -> Loss:
+    """Word-region alignment: transport distance of matched rows minus that of the others.
+
+    Args:
+        text, image: packed fused tokens of R rows.
+        matched (R,): bool.
+        tokens: see `aligned_masks`.
+
+    Returns: (sum of signed distances, R).
+
+    Source: see `ops.wra_loss`.
+    """
+    words, places, word_mask, place_mask = aligned_masks(text, image, tokens)
+    rows = matched.shape[0]
+    mean = wra_loss(words, places, word_mask, place_mask, matched, weight=1.0)
+    return mean * rows, torch.tensor(rows, device=mean.device)
+
+
+def feature_loss(predicted: Tensor, target: Tensor, reduction: Literal["paper", "code"]) -> Loss:
+    """Masked region feature regression: sum_r |predicted_r - target_r|^2.
+
+    Args:
+        predicted, target (n, D): of the n hidden regions.
+        reduction: "paper" is a mean over regions of that sum; "code", as UNITER's, a mean over
+            regions and dimensions: D times smaller.
+
+    Source: Chen et al. 2020 (UNITER), section 3.2, arXiv:1909.11740; ChenRocks/UNITER
+    model/pretrain.py `forward_mrfr`.
+    """
+    total = F.mse_loss(predicted.float(), target.float(), reduction="sum")
+    return total, _count(predicted, reduction)
+
+
+def class_loss(logits: Tensor, labels: Tensor) -> Loss:
+    """Masked region classification: cross-entropy with the detector's most likely class that is not
+    background.
+
+    Args:
+        logits (n, C): of the n hidden regions.
+        labels (n, C): the detector's class distribution, column 0 background.
+
+    Source: as `feature_loss`, `forward_mrc`.
+    """
+    foreground = labels[:, BACKGROUND + 1 :].argmax(1) + BACKGROUND + 1
+    return F.cross_entropy(logits, foreground, reduction="sum"), _count(logits, "paper")
+
+
+def class_divergence(logits: Tensor, labels: Tensor, reduction: Literal["paper", "code"]) -> Loss:
+    """Masked region classification with KL: sum_r KL(labels_r || softmax(logits_r)).
+
+    Args:
+        logits, labels: as in `class_loss`.
+        reduction: "paper" is a mean over regions; "code" over regions and classes: C times smaller.
+
+    Source: as `feature_loss`, `forward_mrc` with `kl` and train's mean.
+    """
+    total = F.kl_div(F.log_softmax(logits, 1), labels.float(), reduction="sum")
+    return total, _count(logits, reduction)
+
+
+def _count(like: Tensor, reduction: str) -> Tensor:
+    return torch.tensor(like.shape[0] if reduction == "paper" else like.numel(), device=like.device)
