@@ -40,14 +40,21 @@ class StackConfig:
 
 @dataclass(frozen=True)
 class VisionConfig(StackConfig):
-    """A vision transformer over square patches.
+    """A vision transformer over square patches, or a convolutional network.
 
     Attributes:
         patch_size: side of a patch, pixels.
         patch_bias: whether the patch projection has a bias.
         embed_norm: LayerNorm between the embeddings and the first block (CLIP's `pre_layrnorm`).
         position: "learned", or fixed 2-D "sincos" (FLIP, MAE).
-        pool: "first" takes the class token, "mean" averages all tokens (FLIP).
+        class_token: whether a learned token stands before the patches (SigLIP has none).
+        pool: "first" takes the class token, "mean" averages all tokens (FLIP), "map" lets a learned
+            query attend to them (SigLIP).
+        cnn: "" is the transformer. "resnet" is a small residual network with `depth` blocks in each
+            of its four stages, the last of width `dim`; any other name is timm's, and `depth` is 0.
+            "mean" pools its last feature map (ALIGN), "first" takes the vector that its classifier
+            reads (VSE++).
+        unit_features: L2-normalise the pooled features before they are projected (VSE++).
         patch_dropout: share of patches dropped in training, before they are embedded (FLIP).
         patch_dropout_steps: optimizer steps for which they are; 0 is all. What follows is FLIP's
             unmasked tuning: evaluation sees whole images.
@@ -57,16 +64,21 @@ class VisionConfig(StackConfig):
     patch_bias: bool = True
     embed_norm: bool = False
     position: Literal["learned", "sincos"] = "learned"
-    pool: Literal["first", "mean"] = "first"
+    class_token: bool = True
+    pool: Literal["first", "mean", "map"] = "first"
+    cnn: str = ""
+    unit_features: bool = False
     patch_dropout: float = 0.0
     patch_dropout_steps: int = 0
 
 
 @dataclass(frozen=True)
 class TextConfig(StackConfig):
-    """A text transformer over packed token ids.
+    """A text transformer, or a recurrent network, over packed token ids.
 
     Attributes:
+        kind: "transformer", or "gru": `depth` layers of gated recurrent units of width `dim` over
+            word vectors of width `word_dim` (VSE++).
         vocab_size: rows of the token table.
         context_length: longest sequence, tokens.
         causal: each token sees itself and earlier ones only (CLIP).
@@ -75,6 +87,8 @@ class TextConfig(StackConfig):
         token_types: rows of the token-type table; text uses row 0 (BERT has 2, CLIP none).
     """
 
+    kind: Literal["transformer", "gru"] = "transformer"
+    word_dim: int = 0
     vocab_size: int = 4096
     context_length: int = 77
     causal: bool = False
@@ -93,8 +107,14 @@ class ModelConfig:
         embed_dim: width of the joint image-text space.
         projection_bias: whether the two projections into it have biases (ALBEF does, CLIP does
             not).
-        scale: "log" learns log(scale) (CLIP), "temperature" learns 1 / scale (ALBEF).
-        scale_init, scale_min, scale_max: of the multiplier of the cosine similarities.
+        image_projection, text_projection: whether a tower is projected at all; where it is not, its
+            width is `embed_dim`.
+        scale: "log" learns log(scale) (CLIP), "temperature" learns 1 / scale (ALBEF), "none" learns
+            nothing: similarities are cosines (VSE++).
+        scale_init, scale_min, scale_max: of the multiplier of the cosine similarities; a bound of 0
+            is none.
+        logit_bias, logit_bias_init: whether a bias is added to the multiplied similarities, and its
+            first value (SigLIP).
         vision, text, fusion: the stacks; `fusion.depth` 0 is a dual-tower model.
         mlm_head: whether the model predicts tokens (BERT's transform with the token table tied).
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
@@ -109,15 +129,19 @@ class ModelConfig:
     fusion: StackConfig = field(default_factory=lambda: StackConfig(dim=0, depth=0, heads=1))
     mlm_head: bool = False
     projection_bias: bool = False
-    scale: Literal["log", "temperature"] = "log"
+    image_projection: bool = True
+    text_projection: bool = True
+    scale: Literal["log", "temperature", "none"] = "log"
     scale_init: float = 1 / 0.07
     scale_min: float = 0.0
     scale_max: float = 100.0
+    logit_bias: bool = False
+    logit_bias_init: float = -10.0
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        if self.image_size % self.vision.patch_size:
+        if not self.vision.cnn and self.image_size % self.vision.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of vision.patch_size {self.vision.patch_size}, "
                 f"got {self.image_size}"
@@ -132,6 +156,25 @@ class ModelConfig:
             raise ValueError(
                 f"fusion.dim must equal text.dim {self.text.dim}, got {self.fusion.dim}"
             )
+
+        for name in ("image", "text"):
+            dim = (self.vision if name == "image" else self.text).dim
+            if not getattr(self, f"{name}_projection") and dim != self.embed_dim:
+                raise ValueError(
+                    f"embed_dim must be the {name} tower's width {dim}, which is not projected, "
+                    f"got {self.embed_dim}"
+                )
+        self._check_vision()
+
+    def _check_vision(self) -> None:
+        vision = self.vision
+        if vision.cnn and (vision.pool == "map" or vision.patch_dropout):
+            raise ValueError(
+                "vision.pool 'map' and vision.patch_dropout are for patches, not for "
+                f"vision.cnn {vision.cnn!r}"
+            )
+        if not vision.cnn and vision.pool == "first" and not vision.class_token:
+            raise ValueError("vision.pool 'first' takes the class token: set vision.class_token")
 
     @property
     def num_patches(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
 from vlpfast.layers.embedding import PatchEmbedding, TokenEmbedding
+from vlpfast.layers.pooler import MapPooler
 from vlpfast.models.config import ModelConfig, StackConfig, TextConfig, VisionConfig
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
@@ -47,7 +48,7 @@ def _finish(
 
 
 class VisionTower(nn.Module):
-    """uint8 images -> tokens (B, 1 + K, D), class token first, normalised."""
+    """uint8 images -> tokens (B, 1 + K, D), class token (if there is one) first, normalised."""
 
     def __init__(self, config: VisionConfig, model: ModelConfig) -> None:
         super().__init__()
@@ -59,10 +60,23 @@ class VisionTower(nn.Module):
             position=config.position,
             mean=model.image_mean,
             std=model.image_std,
+            class_token=config.class_token,
         )
         self.embed_norm = ResidualNorm(config.dim, config.norm_eps) if config.embed_norm else None
         self.blocks = _blocks(config)
         self.norm = _final_norm(config)
+        self.pooler = (
+            MapPooler(
+                config.dim,
+                config.heads,
+                mlp_ratio=config.mlp_ratio,
+                norm_eps=config.norm_eps,
+                activation=config.activation,
+            )
+            if config.pool == "map"
+            else None
+        )
+        self.mean_pool = config.pool == "mean"
 
     def forward(self, images: Tensor, keep_ids: Tensor | None = None, seed: int = 0) -> Tensor:
         branch, residual = None, self.embedding(images, keep_ids)
@@ -72,6 +86,12 @@ class VisionTower(nn.Module):
         for number, block in enumerate(self.blocks):
             branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
         return _finish(self.norm, branch, residual, seed)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, D), as `VisionConfig.pool` says."""
+        if self.pooler is not None:
+            return self.pooler(tokens)
+        return tokens.mean(1) if self.mean_pool else tokens[:, 0]
 
 
 class TextTower(nn.Module):
@@ -153,13 +173,13 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
     output_std = 0.02 if post else (2 * max(config.depth, 1) * config.dim) ** -0.5
     hidden_std = 0.02 if post else (2 * config.dim) ** -0.5
     for name, parameter in tower.named_parameters():
-        if name.endswith(("qkv.weight", "q.weight", "image_kv.weight")):
+        if name.endswith(("qkv.weight", "q.weight", "kv.weight")):
             nn.init.normal_(parameter, std=attention_std)
         elif name.endswith(("out.weight", "fc2.weight")):
             nn.init.normal_(parameter, std=output_std)
         elif name.endswith("fc1.weight"):
             nn.init.normal_(parameter, std=hidden_std)
-        elif name.endswith(("embedding.token", "embedding.token_type", "class_token")):
+        elif name.endswith(("embedding.token", "embedding.token_type", "class_token", "probe")):
             nn.init.normal_(parameter, std=0.02)
         elif name.endswith("position"):
             nn.init.normal_(parameter, std=0.02 if post else 0.01)

@@ -6,6 +6,8 @@ It holds no loss and knows no data set.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 
 from vlpfast.layers.block import ResidualNorm
 from vlpfast.models.config import ModelConfig
+from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.outputs import ImageOutput, TextOutput
-from vlpfast.models.presets import preset_config
+from vlpfast.models.presets import preset_config, presets_with
 from vlpfast.models.towers import FusionTower, ImageKeys, TextTower, VisionTower, init_tower
 from vlpfast.ragged import Ragged
 
@@ -55,28 +58,40 @@ class VLPModel(nn.Module):
         super().__init__()
         self.config = config
         vision, text, fusion = config.vision, config.text, config.fusion
-        self.vision = VisionTower(vision, config)
-        self.text = TextTower(text)
+        self.vision = (CnnTower if vision.cnn else VisionTower)(vision, config)
+        self.text = (GruTower if text.kind == "gru" else TextTower)(text)
         self.fusion = FusionTower(fusion, vision.dim) if fusion.depth else None
-        self.image_projection = nn.Linear(vision.dim, config.embed_dim, bias=config.projection_bias)
-        self.text_projection = nn.Linear(text.dim, config.embed_dim, bias=config.projection_bias)
+        project = partial(nn.Linear, out_features=config.embed_dim, bias=config.projection_bias)
+        self.image_projection = project(vision.dim) if config.image_projection else nn.Identity()
+        self.text_projection = project(text.dim) if config.text_projection else nn.Identity()
         self.match_head = nn.Linear(fusion.dim, 2) if fusion.depth else None
         self.token_head = (
             TokenHead(text.dim, text.vocab_size, text.norm_eps) if config.mlm_head else None
         )
         init = math.log(config.scale_init) if config.scale == "log" else 1 / config.scale_init
-        self.scale = nn.Parameter(torch.tensor(init))
+        scale = torch.tensor(init)
+        if config.scale == "none":
+            self.register_buffer("scale", scale, persistent=False)
+        else:
+            self.scale = nn.Parameter(scale)
+        self.logit_bias = (
+            nn.Parameter(torch.tensor(config.logit_bias_init)) if config.logit_bias else None
+        )
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draws fresh weights from torch's default generator; see `init_tower`."""
-        init_tower(self.vision, self.config.vision)
-        init_tower(self.text, self.config.text)
+        for tower, stack in ((self.vision, self.config.vision), (self.text, self.config.text)):
+            if isinstance(tower, CnnTower | GruTower):
+                tower.init_weights()
+            else:
+                init_tower(tower, stack)
         if self.fusion is not None:
             init_tower(self.fusion, self.config.fusion)
         for projection in (self.image_projection, self.text_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+            if isinstance(projection, nn.Linear):
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         for head in (self.match_head, self.token_head.dense if self.token_head else None):
             if head is not None:
                 nn.init.normal_(head.weight, std=0.02)
@@ -97,9 +112,11 @@ class VLPModel(nn.Module):
         """Keeps the multiplier within [scale_min, scale_max]; called after each optimizer step."""
         low, high = self.config.scale_min, self.config.scale_max
         if self.config.scale == "log":
-            self.scale.clamp_(math.log(low) if low > 0 else None, math.log(high))
+            bounds = [math.log(bound) if bound > 0 else None for bound in (low, high)]
         else:
-            self.scale.clamp_(1 / high, 1 / low if low > 0 else None)
+            bounds = [1 / bound if bound > 0 else None for bound in (high, low)]
+        if bounds != [None, None] and self.config.scale != "none":
+            self.scale.clamp_(*bounds)
 
     def encode_image(
         self, images: Tensor, keep_ids: Tensor | None = None, *, seed: int = 0
@@ -115,7 +132,9 @@ class VLPModel(nn.Module):
         if images.shape[1:] != (side, side, 3):
             raise ValueError(f"images must be (B, {side}, {side}, 3), got {tuple(images.shape)}")
         tokens = self.vision(images, keep_ids, seed)
-        pooled = tokens[:, 0] if self.config.vision.pool == "first" else tokens.mean(1)
+        pooled = self.vision.pool(tokens)
+        if self.config.vision.unit_features:
+            pooled = _unit(pooled).to(pooled.dtype)
         return ImageOutput(tokens, _unit(self.image_projection(pooled)))
 
     def encode_text(self, text: Ragged, *, seed: int = 0) -> TextOutput:
@@ -131,7 +150,7 @@ class VLPModel(nn.Module):
         """Keys and values of all fusion layers for images (B, N, D), one GEMM; any number of texts
         may read them.
         """
-        self._need(self.fusion, "a fusion tower")
+        self._need(self.fusion, "a fusion tower", lambda config: config.fusion.depth > 0)
         return self.fusion.image_keys(image_tokens)
 
     def fuse(
@@ -140,7 +159,7 @@ class VLPModel(nn.Module):
         """Text row r of `text_tokens` reads image `kv_index[r]` (int64) of `keys` -> packed fused
         tokens (T, D).
         """
-        self._need(self.fusion, "a fusion tower")
+        self._need(self.fusion, "a fusion tower", lambda config: config.fusion.depth > 0)
         return self.fusion(text_tokens, keys, kv_index, seed)
 
     def match(self, fused: Ragged) -> Tensor:
@@ -151,7 +170,7 @@ class VLPModel(nn.Module):
 
     def match_logits(self, first_tokens: Tensor) -> Tensor:
         """`match` on first tokens (R, D) already taken."""
-        self._need(self.match_head, "a matching head")
+        self._need(self.match_head, "a matching head", lambda config: config.fusion.depth > 0)
         return _full(self.match_head(first_tokens))
 
     def token_logits(self, hidden: Tensor) -> Tensor:
@@ -162,13 +181,13 @@ class VLPModel(nn.Module):
         """Transformed hidden states (n, D), vocabulary weight (V, D) and bias (V,): what
         `ops.linear_cross_entropy` takes.
         """
-        self._need(self.token_head, "a token head")
+        self._need(self.token_head, "a token head", lambda config: config.mlm_head)
         return self.token_head(hidden), self.text.embedding.token, self.token_head.bias
 
-    def _need(self, part: nn.Module | None, what: str) -> None:
+    def _need(self, part: nn.Module | None, what: str, has: Callable[[ModelConfig], bool]) -> None:
         if part is None:
             raise ValueError(
-                f"preset {self.config.preset!r} has no {what.split(' ', 1)[1]}; 'albef' has one"
+                f"preset {self.config.preset!r} has no {what.split(' ', 1)[1]}; {presets_with(has)}"
             )
 
 

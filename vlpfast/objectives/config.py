@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LOSSES = ("itc", "itm", "mlm", "sigmoid", "hinge")
+
 
 @dataclass(frozen=True)
 class ObjectivesConfig:
@@ -11,9 +13,12 @@ class ObjectivesConfig:
 
     Attributes:
         itc: image-text contrast.
+        sigmoid: image-text contrast pair by pair (SigLIP).
+        hinge: triplets with a margin, summed over the batch (VSE++); `hinge_margin` in units of
+            cosine, `hinge_hardest` counts the hardest negative of each query, else all (VSE0).
         itm: image-text matching; one hard negative image and one hard negative text per pair.
         mlm: masked language modelling on the text that reads its image.
-        label_smoothing: of the contrastive targets.
+        label_smoothing: of the targets of `itc`.
         mlm_probability: share of tokens masked; `mlm_whole_word` masks whole words.
         momentum: decay of the teacher's weights per step; 0 trains without a teacher.
         queue_size: momentum embeddings kept as further contrastive candidates; needs a teacher.
@@ -24,6 +29,10 @@ class ObjectivesConfig:
     itc: float = 1.0
     itm: float = 0.0
     mlm: float = 0.0
+    sigmoid: float = 0.0
+    hinge: float = 0.0
+    hinge_margin: float = 0.2
+    hinge_hardest: bool = True
     label_smoothing: float = 0.0
     mlm_probability: float = 0.15
     mlm_whole_word: bool = False
@@ -33,15 +42,17 @@ class ObjectivesConfig:
     alpha_ramp_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("itc", "itm", "mlm"):
+        for name in (*LOSSES, "hinge_margin"):
             if getattr(self, name) < 0:
                 raise ValueError(f"objectives.{name} must be >= 0, got {getattr(self, name)}")
-        if not (self.itc or self.itm or self.mlm):
-            raise ValueError("objectives: at least one of itc, itm, mlm must be > 0")
+        if not self.weights:
+            raise ValueError(f"objectives: at least one of {', '.join(LOSSES)} must be > 0")
         if self.itm and not self.itc:
             raise ValueError(
                 "objectives.itm draws its negatives from itc's similarities: set objectives.itc > 0"
             )
+        if self.momentum and not (self.itc or self.mlm):
+            raise ValueError("objectives.momentum: only itc and mlm learn from a teacher")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"objectives.momentum must be in [0, 1), got {self.momentum}")
         if (self.queue_size or self.alpha) and not self.momentum:
@@ -53,7 +64,7 @@ class ObjectivesConfig:
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each enabled objective."""
-        return {name: w for name in ("itc", "itm", "mlm") if (w := getattr(self, name)) > 0}
+        return {name: w for name in LOSSES if (w := getattr(self, name)) > 0}
 
     def alpha_at(self, step: int) -> float:
         """Weight of the teacher's targets at optimizer step `step` (ALBEF ramps it over the first

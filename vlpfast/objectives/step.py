@@ -13,9 +13,10 @@ from vlpfast.models.outputs import ImageOutput, TextOutput
 from vlpfast.models.towers import ImageKeys
 from vlpfast.models.vlp import VLPModel
 from vlpfast.objectives.config import ObjectivesConfig
-from vlpfast.objectives.losses import Loss, matching_loss
+from vlpfast.objectives.losses import Loss, hinge, matching_loss
 from vlpfast.objectives.plan import Plan, Rows
 from vlpfast.objectives.teacher import FeatureQueue, Teacher
+from vlpfast.objectives.wiring import check_wiring
 from vlpfast.ops.contrastive import contrastive_loss
 from vlpfast.ops.keep_ids import keep_ids
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
@@ -68,16 +69,7 @@ class PretrainStep(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, part, what in (
-            ("itm", model.fusion, "a fusion tower"),
-            ("mlm", model.fusion, "a fusion tower"),
-            ("mlm", model.token_head, "a token head"),
-        ):
-            if getattr(config, name) and part is None:
-                raise ValueError(
-                    f"objectives.{name} needs {what}; preset {model.config.preset!r} has none, "
-                    "'albef' has one"
-                )
+        check_wiring(model.config, config)
         self.model, self.config, self.group, self.seed = model, config, group, seed
         self.plan = Plan.of(config)
         self.teacher = Teacher(model, config.momentum) if config.momentum else None
@@ -115,6 +107,18 @@ class PretrainStep(nn.Module):
         if self.config.itc:
             losses["itc"], hard_text, hard_image = self._contrast(
                 batch, student, teacher, alpha, seed
+            )
+        if self.config.sigmoid:
+            losses["sigmoid"] = self._sigmoid(batch, student)
+        if self.config.hinge:
+            image, text = student.image.embedding, student.text.embedding[: len(batch)]
+            losses["hinge"] = hinge(
+                image,
+                text,
+                batch.image_ids,
+                margin=self.config.hinge_margin,
+                hardest=self.config.hinge_hardest,
+                group=self.group,
             )
         if self.plan.fusion:
             fused = self._fuse(batch, student, hard_text, hard_image, seed)
@@ -180,6 +184,8 @@ class PretrainStep(nn.Module):
             student.image.embedding,
             student.text.embedding[:size],
             self.model.logit_scale,
+            # A softmax does not see it; so its gradient is zero, not absent.
+            self.model.logit_bias,
             ids=batch.image_ids,
             label_smoothing=self.config.label_smoothing,
             hard_negatives=int(self.plan.hard_negatives),
@@ -192,6 +198,18 @@ class PretrainStep(nn.Module):
         if not self.plan.hard_negatives:
             return loss, None, None
         return loss, out.hard_text[:, 0], out.hard_image[:, 0]
+
+    def _sigmoid(self, batch: Batch, student: _Encoded) -> Loss:
+        out = contrastive_loss(
+            student.image.embedding,
+            student.text.embedding[: len(batch)],
+            self.model.logit_scale,
+            self.model.logit_bias,
+            kind="sigmoid",
+            ids=batch.image_ids,
+            group=self.group,
+        )
+        return out.loss, torch.ones((), device=out.loss.device)
 
     def _fuse(
         self, batch: Batch, student: _Encoded, hard_text: Tensor, hard_image: Tensor, seed: int

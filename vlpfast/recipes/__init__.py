@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vlpfast.config import close_match
-from vlpfast.recipes import albef, clip, flip
+from vlpfast.recipes import albef, align, clip, flip, siglip, vsepp
 from vlpfast.train.config import RunConfig
 
 _RECIPES: dict[str, Callable[[], RunConfig]] = {
     f"{module.__name__.rpartition('.')[2]}_{variant}": recipe
-    for module in (albef, clip, flip)
+    for module in (albef, align, clip, flip, siglip, vsepp)
     for variant, recipe in module.RECIPES.items()
 }
 
