@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
@@ -74,3 +76,57 @@ def open_clip_losses() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class _AnyName(type):
+    """A class that has every attribute: its name as a string."""
+
+    def __getattr__(cls, name: str) -> str:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return f"{cls.__name__}.{name}"
+
+
+class _AnyModule(ModuleType):
+    """A package that has every name: an empty class."""
+
+    __path__: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _AnyName(name, (), {})
+
+
+class _NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands for torchvision while a library is imported that can do without what is in it."""
+
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] != "torchvision":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return _AnyModule(spec.name)
+
+    def exec_module(self, module) -> None:
+        pass
+
+
+def timm() -> ModuleType:
+    """timm's models; skips the test where timm is missing.
+
+    timm imports torchvision for its data loading, which no model uses.
+    """
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    if importlib.util.find_spec("torchvision") is not None or "timm" in sys.modules:
+        return importlib.import_module("timm")
+    finder = _NoTorchvision()
+    sys.meta_path.insert(0, finder)
+    try:
+        return importlib.import_module("timm")
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]

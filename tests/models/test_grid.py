@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests._batches import make_batch
-from vlpfast.layers.grid import GridEmbedding, ResNet
+from vlpfast.layers.cnn import ResNet
+from vlpfast.layers.grid import GridEmbedding
 from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
 

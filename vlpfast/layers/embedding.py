@@ -26,7 +26,7 @@ def sincos_positions(dim: int, side: int) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Class token, then the (kept) patches of uint8 images, each with its position."""
+    """Class token if there is one, then the (kept) patches of uint8 images, all with positions."""
 
     def __init__(
         self,
@@ -38,32 +38,38 @@ class PatchEmbedding(nn.Module):
         position: str,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        class_token: bool = True,
     ) -> None:
         super().__init__()
         side = image_size // patch_size
         self.patch_size, self.mean, self.std = patch_size, mean, std
         self.weight = nn.Parameter(torch.empty(dim, 3, patch_size, patch_size))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
-        self.class_token = nn.Parameter(torch.zeros(dim))
+        self.class_token = nn.Parameter(torch.zeros(dim)) if class_token else None
+        first = int(class_token)
         if position == "learned":
-            self.position = nn.Parameter(torch.empty(1 + side * side, dim))
+            self.position = nn.Parameter(torch.empty(first + side * side, dim))
         else:
             self.register_buffer(
-                "position", torch.cat([torch.zeros(1, dim), sincos_positions(dim, side)])
+                "position", torch.cat([torch.zeros(first, dim), sincos_positions(dim, side)])
             )
 
     def forward(self, images: Tensor, keep_ids: Tensor | None = None) -> Tensor:
-        """images (B, H, W, 3) uint8, keep_ids (B, K) int64 or None -> (B, 1 + K, dim)."""
+        """images (B, H, W, 3) uint8, keep_ids (B, K) int64 or None -> (B, 1 + K, dim), or
+        (B, K, dim) without a class token.
+        """
         patches = patch_embed(
             images,
             self.weight,
             self.bias,
-            self.position[1:],
+            self.position if self.class_token is None else self.position[1:],
             keep_ids,
             patch_size=self.patch_size,
             mean=self.mean,
             std=self.std,
         )
+        if self.class_token is None:
+            return patches
         class_token = (self.class_token + self.position[0]).to(patches.dtype)
         return torch.cat([class_token.expand(patches.shape[0], 1, -1), patches], dim=1)
 

@@ -40,19 +40,24 @@ class StackConfig:
 
 @dataclass(frozen=True)
 class VisionConfig(StackConfig):
-    """A vision transformer over patches, a CNN's grid or detected regions; depth 0 is the front
-    end alone.
+    """A vision transformer over patches, a CNN's grid or detected regions, where depth 0 is the
+    front end alone; or a CNN whose pooled features are all there is.
 
     Attributes:
-        front: what makes the tokens: "patches" (a class token, then square patches), "grid" (the
-            cells of a CNN's last feature map) or "regions" (an object detector's).
+        front: what makes the tokens: "patches" (square ones), "grid" (the cells of a CNN's last
+            feature map, projected), "regions" (an object detector's), or "cnn", the CNN alone:
+            `depth` is 0 and `dim` its width.
         patch_size: side of a patch, or of the square that a cell of the grid stands for, pixels.
         patch_bias: whether the patch projection has a bias.
-        cnn: the network behind a grid: "small" or "resnet50".
+        cnn: the network of "grid" and "cnn": "small", "resnet50", or a name of timm's.
         region_dim, region_classes: width of the regions' features, and classes of their detector.
         embed_norm: LayerNorm between the embeddings and the first block (CLIP's `pre_layrnorm`).
         position: "learned", or fixed 2-D "sincos" (FLIP, MAE).
-        pool: "first" takes the class token, "mean" averages all tokens (FLIP).
+        class_token: whether a learned token stands before the patches (SigLIP has none).
+        pool: "first" takes the class token, "mean" averages all tokens (FLIP), "map" lets a learned
+            query attend to them (SigLIP). Of a CNN, "mean" pools the last feature map (ALIGN) and
+            "first" takes the vector that its classifier reads (VSE++).
+        unit_features: L2-normalise the pooled features before they are projected (VSE++).
         patch_dropout: share of patches dropped in training, before they are embedded (FLIP).
         patch_dropout_steps: optimizer steps for which they are; 0 is all. What follows is FLIP's
             unmasked tuning: evaluation sees whole images.
@@ -60,16 +65,18 @@ class VisionConfig(StackConfig):
             (ViLT, Pixel-BERT); 0 is no limit.
     """
 
-    front: Literal["patches", "grid", "regions"] = "patches"
+    front: Literal["patches", "grid", "regions", "cnn"] = "patches"
     patch_size: int = 16
     patch_bias: bool = True
     embed_norm: bool = False
     position: Literal["learned", "sincos"] = "learned"
-    pool: Literal["first", "mean"] = "first"
+    class_token: bool = True
+    pool: Literal["first", "mean", "map"] = "first"
+    unit_features: bool = False
     patch_dropout: float = 0.0
     patch_dropout_steps: int = 0
     max_patches: int = 0
-    cnn: Literal["small", "resnet50"] = "small"
+    cnn: str = "small"
     region_dim: int = 0
     region_classes: int = 0
 
@@ -81,9 +88,11 @@ class VisionConfig(StackConfig):
 
 @dataclass(frozen=True)
 class TextConfig(StackConfig):
-    """A text transformer over packed token ids.
+    """A text transformer, or a recurrent network, over packed token ids.
 
     Attributes:
+        kind: "transformer", or "gru": `depth` layers of gated recurrent units of width `dim` over
+            word vectors of width `word_dim` (VSE++).
         vocab_size: rows of the token table.
         context_length: longest sequence, tokens.
         causal: each token sees itself and earlier ones only (CLIP).
@@ -92,6 +101,8 @@ class TextConfig(StackConfig):
         token_types: rows of the token-type table; text uses row 0 (BERT has 2, CLIP none).
     """
 
+    kind: Literal["transformer", "gru"] = "transformer"
+    word_dim: int = 0
     vocab_size: int = 4096
     context_length: int = 77
     causal: bool = False
@@ -127,8 +138,14 @@ class ModelConfig:
             projections and scale.
         projection_bias: whether the two projections into it have biases (ALBEF does, CLIP does
             not).
-        scale: "log" learns log(scale) (CLIP), "temperature" learns 1 / scale (ALBEF).
-        scale_init, scale_min, scale_max: of the multiplier of the cosine similarities.
+        image_projection, text_projection: whether a tower is projected at all; where it is not, its
+            width is `embed_dim`.
+        scale: "log" learns log(scale) (CLIP), "temperature" learns 1 / scale (ALBEF), "none" learns
+            nothing: similarities are cosines (VSE++).
+        scale_init, scale_min, scale_max: of the multiplier of the cosine similarities; a bound of 0
+            is none.
+        logit_bias, logit_bias_init: whether a bias is added to the multiplied similarities, and its
+            first value (SigLIP).
         vision, text, fusion: the stacks; `fusion.depth` 0 is a dual-tower model.
         mlm_head: whether the model predicts tokens (BERT's transform with the token table tied).
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
@@ -145,15 +162,19 @@ class ModelConfig:
     mlm_head: bool = False
     region_heads: bool = False
     projection_bias: bool = False
-    scale: Literal["log", "temperature"] = "log"
+    image_projection: bool = True
+    text_projection: bool = True
+    scale: Literal["log", "temperature", "none"] = "log"
     scale_init: float = 1 / 0.07
     scale_min: float = 0.0
     scale_max: float = 100.0
+    logit_bias: bool = False
+    logit_bias_init: float = -10.0
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        if self.vision.front != "regions" and self.image_size % self.vision.patch_size:
+        if self.vision.front in ("patches", "grid") and self.image_size % self.vision.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of vision.patch_size {self.vision.patch_size}, "
                 f"got {self.image_size}"
@@ -177,12 +198,32 @@ class ModelConfig:
             raise ValueError(
                 f"region_heads needs vision.front 'regions', got {self.vision.front!r}"
             )
+        for name in ("image", "text"):
+            dim = (self.vision if name == "image" else self.text).dim
+            if self.embed_dim and not getattr(self, f"{name}_projection") and dim != self.embed_dim:
+                raise ValueError(
+                    f"embed_dim must be the {name} tower's width {dim}, which is not projected, "
+                    f"got {self.embed_dim}"
+                )
+        self._check_vision()
+
+    def _check_vision(self) -> None:
+        vision = self.vision
+        if vision.front == "cnn" and (vision.pool == "map" or vision.patch_dropout):
+            raise ValueError(
+                "vision.pool 'map' and vision.patch_dropout are for patches, not for "
+                "vision.front 'cnn'"
+            )
+        if vision.front == "patches" and vision.pool == "first" and not vision.class_token:
+            raise ValueError("vision.pool 'first' takes the class token: set vision.class_token")
 
     @property
     def parts(self) -> tuple[str, ...]:
         """What an objective may need and the model has, in the words of errors."""
         has = {
             "a joint space": self.embed_dim > 0,
+            "a learned scale": self.embed_dim > 0 and self.scale != "none",
+            "a learned bias": self.logit_bias,
             "a fusion tower": self.fusion.depth > 0,
             "fused image tokens": self.fusion.depth > 0 and self.fusion.kind == "concat",
             "a token head": self.mlm_head,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
 from vlpfast.layers.embedding import PatchEmbedding, TokenEmbedding
 from vlpfast.layers.grid import GridEmbedding
+from vlpfast.layers.pooler import MapPooler
 from vlpfast.layers.region import RegionEmbedding
 from vlpfast.models.config import FusionConfig, ModelConfig, StackConfig, TextConfig, VisionConfig
 from vlpfast.models.outputs import FusedOutput
@@ -63,13 +64,14 @@ def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
         patch_size=config.patch_size,
         bias=config.patch_bias,
         position=config.position,
+        class_token=config.class_token,
         **pixels,
     )
 
 
 class VisionTower(nn.Module):
-    """uint8 images -> tokens (B, 1 + K, D), class token first, normalised; a grid has no class
-    token. Regions -> packed tokens (T, D).
+    """uint8 images -> tokens (B, 1 + K, D), class token first (a grid has none, nor has SigLIP),
+    normalised. Regions -> packed tokens (T, D).
     """
 
     def __init__(self, config: VisionConfig, model: ModelConfig) -> None:
@@ -78,6 +80,18 @@ class VisionTower(nn.Module):
         self.embed_norm = ResidualNorm(config.dim, config.norm_eps) if config.embed_norm else None
         self.blocks = _blocks(config)
         self.norm = _final_norm(config)
+        self.pooler = (
+            MapPooler(
+                config.dim,
+                config.heads,
+                mlp_ratio=config.mlp_ratio,
+                norm_eps=config.norm_eps,
+                activation=config.activation,
+            )
+            if config.pool == "map"
+            else None
+        )
+        self.mean_pool = config.pool == "mean"
 
     def forward(
         self, images: Tensor | Regions, keep_ids: Tensor | None = None, seed: int = 0
@@ -92,6 +106,12 @@ class VisionTower(nn.Module):
             branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
         out = _finish(self.norm, branch, residual, seed)
         return out if packed is None else packed.with_values(out)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, D), as `VisionConfig.pool` says."""
+        if self.pooler is not None:
+            return self.pooler(tokens)
+        return tokens.mean(1) if self.mean_pool else tokens[:, 0]
 
 
 class TextTower(nn.Module):
@@ -231,13 +251,15 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
     output_std = 0.02 if post else (2 * max(config.depth, 1) * config.dim) ** -0.5
     hidden_std = 0.02 if post else (2 * config.dim) ** -0.5
     for name, parameter in tower.named_parameters():
-        if name.endswith(("qkv.weight", "q.weight", "image_kv.weight")):
+        if name.endswith(("qkv.weight", "q.weight", "kv.weight")):
             nn.init.normal_(parameter, std=attention_std)
         elif name.endswith(("out.weight", "fc2.weight")):
             nn.init.normal_(parameter, std=output_std)
         elif name.endswith("fc1.weight"):
             nn.init.normal_(parameter, std=hidden_std)
-        elif name.endswith(("embedding.token", "token_type", "class_token", "modality", ".kind")):
+        elif name.endswith(
+            ("embedding.token", "token_type", "class_token", "modality", ".kind", "probe")
+        ):
             nn.init.normal_(parameter, std=0.02)
         elif name.endswith("position"):
             nn.init.normal_(parameter, std=0.02 if post else 0.01)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlpfast.layers.block import ResidualNorm
 from vlpfast.layers.region import RegionHeads
 from vlpfast.models.config import FusionConfig, ModelConfig
+from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
 from vlpfast.models.presets import missing, preset_config
 from vlpfast.models.towers import (
@@ -64,12 +65,11 @@ class VLPModel(nn.Module):
         super().__init__()
         self.config = config
         vision, text, fusion = config.vision, config.text, config.fusion
-        self.vision = VisionTower(vision, config)
-        self.text = TextTower(text)
+        self.vision = (CnnTower if vision.front == "cnn" else VisionTower)(vision, config)
+        self.text = (GruTower if text.kind == "gru" else TextTower)(text)
         self.fusion = _fusion_tower(fusion, vision.dim)
-        joint, bias = config.embed_dim, config.projection_bias
-        self.image_projection = nn.Linear(vision.dim, joint, bias=bias) if joint else None
-        self.text_projection = nn.Linear(text.dim, joint, bias=bias) if joint else None
+        self.image_projection = _projection(config, vision.dim, config.image_projection)
+        self.text_projection = _projection(config, text.dim, config.text_projection)
         self.pooler = nn.Linear(fusion.dim, fusion.dim) if fusion.pooler else None
         self.match_head = nn.Linear(fusion.dim, 2) if fusion.depth else None
         self.token_head = (
@@ -81,18 +81,30 @@ class VLPModel(nn.Module):
             else None
         )
         init = math.log(config.scale_init) if config.scale == "log" else 1 / config.scale_init
-        self.scale = nn.Parameter(torch.tensor(init)) if joint else None
+        scale = torch.tensor(init)
+        if not config.embed_dim:
+            self.scale = None
+        elif config.scale == "none":
+            self.register_buffer("scale", scale, persistent=False)
+        else:
+            self.scale = nn.Parameter(scale)
+        self.logit_bias = (
+            nn.Parameter(torch.tensor(config.logit_bias_init)) if config.logit_bias else None
+        )
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draws fresh weights from torch's default generator; see `init_tower`."""
-        init_tower(self.vision, self.config.vision)
-        init_tower(self.text, self.config.text)
+        for tower, stack in ((self.vision, self.config.vision), (self.text, self.config.text)):
+            if isinstance(tower, CnnTower | GruTower):
+                tower.init_weights()
+            else:
+                init_tower(tower, stack)
         if self.fusion is not None:
             init_tower(self.fusion, self.config.fusion)
         for projection in (self.image_projection, self.text_projection):
-            if projection is not None:
+            if isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         heads = (self.match_head, self.token_head, self.pooler, self.region_heads)
         for head in (m for part in heads if part is not None for m in part.modules()):
@@ -113,7 +125,7 @@ class VLPModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters lie."""
-        return self.text.embedding.token.device
+        return next(self.parameters()).device
 
     @property
     def logit_scale(self) -> Tensor:
@@ -128,9 +140,11 @@ class VLPModel(nn.Module):
             return
         low, high = self.config.scale_min, self.config.scale_max
         if self.config.scale == "log":
-            self.scale.clamp_(math.log(low) if low > 0 else None, math.log(high))
+            bounds = [math.log(bound) if bound > 0 else None for bound in (low, high)]
         else:
-            self.scale.clamp_(1 / high, 1 / low if low > 0 else None)
+            bounds = [1 / bound if bound > 0 else None for bound in (high, low)]
+        if bounds != [None, None] and self.config.scale != "none":
+            self.scale.clamp_(*bounds)
 
     def encode_image(
         self, images: Tensor | Regions, keep_ids: Tensor | None = None, *, seed: int = 0
@@ -154,7 +168,9 @@ class VLPModel(nn.Module):
         tokens = self.vision(images, keep_ids, seed)
         if self.image_projection is None:
             return ImageOutput(tokens, None)
-        pooled = tokens[:, 0] if self.config.vision.pool == "first" else tokens.mean(1)
+        pooled = self.vision.pool(tokens)
+        if self.config.vision.unit_features:
+            pooled = _unit(pooled).to(pooled.dtype)
         return ImageOutput(tokens, _unit(self.image_projection(pooled)))
 
     def encode_text(self, text: Ragged, *, seed: int = 0) -> TextOutput:
@@ -235,6 +251,13 @@ def _fusion_tower(config: FusionConfig, image_dim: int) -> FusionTower | ConcatT
     if not config.depth:
         return None
     return ConcatTower(config) if config.kind == "concat" else FusionTower(config, image_dim)
+
+
+def _projection(config: ModelConfig, width: int, wanted: bool) -> nn.Module | None:
+    """Into the joint space: None where the model has none, the identity where it is the tower's."""
+    if not config.embed_dim:
+        return None
+    return nn.Linear(width, config.embed_dim, config.projection_bias) if wanted else nn.Identity()
 
 
 def create_model(preset: str, size: str = "tiny", **overrides) -> VLPModel:

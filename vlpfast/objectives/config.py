@@ -7,17 +7,7 @@ from typing import Literal
 
 from vlpfast.ops.seed import fold_seed
 
-OBJECTIVES = ("itc", "itm", "mlm", "wra", "mrfr", "mrc", "mrckl")
-# What of `ModelConfig.parts` each needs.
-NEEDS = {
-    "itc": ("a joint space",),
-    "itm": ("a fusion tower",),
-    "mlm": ("a fusion tower", "a token head"),
-    "wra": ("fused image tokens",),
-    "mrfr": ("region heads",),
-    "mrc": ("region heads",),
-    "mrckl": ("region heads",),
-}
+OBJECTIVES = ("itc", "sigmoid", "hinge", "itm", "mlm", "wra", "mrfr", "mrc", "mrckl")
 
 
 @dataclass(frozen=True)
@@ -26,6 +16,9 @@ class ObjectivesConfig:
 
     Attributes:
         itc: image-text contrast.
+        sigmoid: image-text contrast pair by pair (SigLIP).
+        hinge: triplets with a margin, summed over the batch (VSE++); `hinge_margin` in units of
+            cosine, `hinge_hardest` counts the hardest negative of each query, else all (VSE0).
         itm: image-text matching. `itm_negatives` "hard": one hard negative image and one hard
             negative text per pair; "random": half of the pairs get another image of the batch.
         mlm: masked language modelling on the text that reads its image.
@@ -36,7 +29,7 @@ class ObjectivesConfig:
             distributions are averaged over (`objectives.regions`).
         mix: ((objective, ratio), ...) of all that are enabled: each step trains one, drawn by the
             ratios (WRA goes with ITM); empty trains all in every step.
-        label_smoothing: of the contrastive targets.
+        label_smoothing: of the targets of `itc`.
         mlm_probability: share of tokens masked; `mlm_whole_word` masks whole words.
         momentum: decay of the teacher's weights per step; 0 trains without a teacher.
         queue_size: momentum embeddings kept as further contrastive candidates; needs a teacher.
@@ -47,6 +40,10 @@ class ObjectivesConfig:
     itc: float = 1.0
     itm: float = 0.0
     mlm: float = 0.0
+    sigmoid: float = 0.0
+    hinge: float = 0.0
+    hinge_margin: float = 0.2
+    hinge_hardest: bool = True
     wra: float = 0.0
     mrfr: float = 0.0
     mrc: float = 0.0
@@ -65,7 +62,7 @@ class ObjectivesConfig:
     alpha_ramp_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in OBJECTIVES:
+        for name in (*OBJECTIVES, "hinge_margin"):
             if getattr(self, name) < 0:
                 raise ValueError(f"objectives.{name} must be >= 0, got {getattr(self, name)}")
         if not self.weights:
@@ -92,6 +89,8 @@ class ObjectivesConfig:
             )
         if any(ratio <= 0 for _, ratio in self.mix):
             raise ValueError(f"objectives.mix must have ratios > 0, got {self.mix}")
+        if self.momentum and not (self.itc or self.mlm):
+            raise ValueError("objectives.momentum: only itc and mlm learn from a teacher")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"objectives.momentum must be in [0, 1), got {self.momentum}")
         if (self.queue_size or self.alpha) and not self.momentum:

@@ -5,8 +5,12 @@ exactly.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from vlpfast.ops._collectives import gather_rows
+from vlpfast.ops.contrastive import hinge_loss
 
 Loss = tuple[Tensor, Tensor]
 
@@ -45,3 +49,30 @@ def matching_loss(logits: Tensor, hard_text: Tensor, hard_image: Tensor) -> tupl
     loss = (F.cross_entropy(logits, labels, reduction="none") * counted).sum()
     right = ((logits.argmax(1) == labels) & counted).sum()
     return (loss, counted.sum()), right
+
+
+def hinge(
+    image: Tensor,
+    text: Tensor,
+    ids: Tensor,
+    *,
+    margin: float,
+    hardest: bool,
+    group: dist.ProcessGroup | None,
+) -> Loss:
+    """`ops.hinge_loss` of the pairs of all ranks, a sum over all of them, as (sum, 1).
+
+    Every rank computes all of it; the mean over ranks of its gradient is that of one process on
+    the concatenated batch.
+
+    Args:
+        image, text (B, E): this rank's embeddings, L2-normalised; B is the same on every rank.
+        ids (B,): pairs with equal ids are no negatives of each other.
+        margin, hardest: as `ops.hinge_loss`.
+        group: the ranks, or None.
+    """
+    if group is not None:
+        counts = [image.shape[0]] * dist.get_world_size(group)
+        image, text, ids = (gather_rows(rows, counts, group) for rows in (image, text, ids))
+    loss = hinge_loss(image, text, margin=margin, hardest=hardest, ids=ids)
+    return loss, torch.ones((), device=loss.device)

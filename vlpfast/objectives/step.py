@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from vlpfast.data.batch import Batch
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
-from vlpfast.models.presets import missing
 from vlpfast.models.towers import ImageKeys
 from vlpfast.models.vlp import VLPModel
-from vlpfast.objectives.config import NEEDS, ObjectivesConfig
-from vlpfast.objectives.losses import Loss, matching_loss, pair_loss
+from vlpfast.objectives.config import ObjectivesConfig
+from vlpfast.objectives.losses import Loss, hinge, matching_loss, pair_loss
 from vlpfast.objectives.plan import Plan, Rows
 from vlpfast.objectives.regions import alignment_loss, class_divergence, class_loss, feature_loss
 from vlpfast.objectives.teacher import FeatureQueue, Teacher
+from vlpfast.objectives.wiring import check_wiring
 from vlpfast.ops.contrastive import contrastive_loss
 from vlpfast.ops.keep_ids import keep_ids
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
@@ -72,12 +72,7 @@ class PretrainStep(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name in config.weights:
-            for part in NEEDS[name]:
-                if part not in model.config.parts:
-                    raise ValueError(
-                        f"objectives.{name} needs {part}; {missing(model.config.preset, part)}"
-                    )
+        check_wiring(model.config, config)
         self.model, self.config, self.group, self.seed = model, config, group, seed
         self.teacher = Teacher(model, config.momentum) if config.momentum else None
         self.queue = (
@@ -123,6 +118,18 @@ class PretrainStep(nn.Module):
         if config.itc:
             losses["itc"], hard_text, hard_image = self._contrast(
                 batch, student, teacher, alpha, seed, plan.hard_negatives
+            )
+        if config.sigmoid:
+            losses["sigmoid"] = self._sigmoid(batch, student)
+        if config.hinge:
+            image, text = student.image.embedding, student.text.embedding[: len(batch)]
+            losses["hinge"] = hinge(
+                image,
+                text,
+                batch.image_ids,
+                margin=config.hinge_margin,
+                hardest=config.hinge_hardest,
+                group=self.group,
             )
         if Rows.MIXED in plan.fusion:
             mixed_image = self._mixed_images(batch)
@@ -210,6 +217,8 @@ class PretrainStep(nn.Module):
             student.image.embedding,
             student.text.embedding[:size],
             self.model.logit_scale,
+            # A softmax does not see it; so its gradient is zero, not absent.
+            self.model.logit_bias,
             ids=batch.image_ids,
             label_smoothing=self.config.label_smoothing,
             hard_negatives=int(hard_negatives),
@@ -233,6 +242,18 @@ class PretrainStep(nn.Module):
         shift = 1 + ((draw(keys, torch.zeros_like(own)) * (size - 1)) >> 32)
         swapped = uniform(draw(keys, torch.ones_like(own))) < 0.5
         return torch.where(swapped, (own + shift) % size, own)
+
+    def _sigmoid(self, batch: Batch, student: _Encoded) -> Loss:
+        out = contrastive_loss(
+            student.image.embedding,
+            student.text.embedding[: len(batch)],
+            self.model.logit_scale,
+            self.model.logit_bias,
+            kind="sigmoid",
+            ids=batch.image_ids,
+            group=self.group,
+        )
+        return out.loss, torch.ones((), device=out.loss.device)
 
     def _fuse(
         self,

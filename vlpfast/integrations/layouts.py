@@ -1,0 +1,176 @@
+"""Names of the tensors of transformers' and open_clip's models beside ours.
+
+In a table, `{k}` stands for "weight" and "bias", and several names on the right are joined by rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from vlpfast.integrations.weights import Layout, Rule
+from vlpfast.models.config import ModelConfig
+
+Names = Mapping[str, str]
+
+_QKV = "self_attn.q_proj.{k} self_attn.k_proj.{k} self_attn.v_proj.{k}"
+_TRANSFORMERS_BLOCK = {
+    "attention.qkv.{k}": _QKV,
+    "attention.out.{k}": "self_attn.out_proj.{k}",
+    "norm1.{k}": "layer_norm1.{k}",
+    "norm2.{k}": "layer_norm2.{k}",
+    "mlp.fc1.{k}": "mlp.fc1.{k}",
+    "mlp.fc2.{k}": "mlp.fc2.{k}",
+}
+_BERT_BLOCK = {
+    "attention.qkv.{k}": "attention.self.query.{k} attention.self.key.{k} attention.self.value.{k}",
+    "attention.out.{k}": "attention.output.dense.{k}",
+    "norm1.{k}": "attention.output.LayerNorm.{k}",
+    "norm2.{k}": "output.LayerNorm.{k}",
+    "mlp.fc1.{k}": "intermediate.dense.{k}",
+    "mlp.fc2.{k}": "output.dense.{k}",
+}
+_OPEN_CLIP_BLOCK = {
+    "attention.qkv.{k}": "attn.in_proj_{k}",
+    "attention.out.{k}": "attn.out_proj.{k}",
+    "norm1.{k}": "ln_1.{k}",
+    "norm2.{k}": "ln_2.{k}",
+    "mlp.fc1.{k}": "mlp.c_fc.{k}",
+    "mlp.fc2.{k}": "mlp.c_proj.{k}",
+}
+_TIMM_BLOCK = {
+    "attention.qkv.{k}": "attn.qkv.{k}",
+    "attention.out.{k}": "attn.proj.{k}",
+    **{f"{name}.{{k}}": f"{name}.{{k}}" for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")},
+}
+
+
+def _rules(names: Names, here: str = "", there: str = "", **options: object) -> list[Rule]:
+    """A rule for each entry, with prefixes."""
+    rules = []
+    for ours, theirs in names.items():
+        for kind in ("weight", "bias") if "{k}" in ours + theirs else ("",):
+            sides = [
+                tuple(prefix + name.replace("{k}", kind) for name in side.split())
+                for prefix, side in ((here, ours), (there, theirs))
+            ]
+            rules.append(Rule(*sides, **options))
+    return rules
+
+
+def _stack(names: Names, here: str, there: str, depth: int) -> list[Rule]:
+    return [
+        rule for n in range(depth) for rule in _rules(names, f"{here}.blocks.{n}.", f"{there}.{n}.")
+    ]
+
+
+def transformers_clip(vision_depth: int, text_depth: int) -> Layout:
+    """`CLIPModel` with so many layers."""
+    names = {
+        "scale": "logit_scale",
+        "image_projection.weight": "visual_projection.weight",
+        "text_projection.weight": "text_projection.weight",
+        "vision.embedding.weight": "vision_model.embeddings.patch_embedding.weight",
+        "vision.embedding.class_token": "vision_model.embeddings.class_embedding",
+        "vision.embedding.position": "vision_model.embeddings.position_embedding.weight",
+        "vision.embed_norm.{k}": "vision_model.pre_layrnorm.{k}",
+        "vision.norm.{k}": "vision_model.post_layernorm.{k}",
+        "text.embedding.token": "text_model.embeddings.token_embedding.weight",
+        "text.embedding.position": "text_model.embeddings.position_embedding.weight",
+        "text.norm.{k}": "text_model.final_layer_norm.{k}",
+    }
+    rules = _rules(names)
+    for tower, depth in (("vision", vision_depth), ("text", text_depth)):
+        rules += _stack(_TRANSFORMERS_BLOCK, tower, f"{tower}_model.encoder.layers", depth)
+    return Layout("transformers CLIPModel", tuple(rules), (_POSITION_IDS,))
+
+
+_POSITION_IDS = ("*.position_ids", "a constant")
+
+
+def _transformers_siglip(config: ModelConfig) -> Layout:
+    names = {
+        "text_projection.{k}": "text_model.head.{k}",
+        "vision.embedding.{k}": "vision_model.embeddings.patch_embedding.{k}",
+        "vision.embedding.position": "vision_model.embeddings.position_embedding.weight",
+        "vision.norm.{k}": "vision_model.post_layernorm.{k}",
+        "vision.pooler.out.{k}": "vision_model.head.attention.out_proj.{k}",
+        "vision.pooler.norm.{k}": "vision_model.head.layernorm.{k}",
+        "vision.pooler.mlp.fc1.{k}": "vision_model.head.mlp.fc1.{k}",
+        "vision.pooler.mlp.fc2.{k}": "vision_model.head.mlp.fc2.{k}",
+        "text.embedding.token": "text_model.embeddings.token_embedding.weight",
+        "text.embedding.position": "text_model.embeddings.position_embedding.weight",
+        "text.norm.{k}": "text_model.final_layer_norm.{k}",
+    }
+    rules = _rules(names)
+    rules += _rules({"scale": "logit_scale", "logit_bias": "logit_bias"}, lead=1)
+    rules += _rules({"vision.pooler.probe": "vision_model.head.probe"}, lead=2)
+    joined = {"vision.pooler.q.{k} vision.pooler.kv.{k}": "vision_model.head.attention.in_proj_{k}"}
+    rules += _rules(joined, shares=(1, 2))
+    for tower in ("vision", "text"):
+        depth = getattr(config, tower).depth
+        rules += _stack(_TRANSFORMERS_BLOCK, tower, f"{tower}_model.encoder.layers", depth)
+    return Layout("transformers SiglipModel", tuple(rules), (_POSITION_IDS,))
+
+
+def _open_clip_text(config: ModelConfig, prefix: str) -> list[Rule]:
+    names = {
+        "text.embedding.token": "token_embedding.weight",
+        "text.embedding.position": "positional_embedding",
+        "text.norm.{k}": "ln_final.{k}",
+    }
+    blocks = f"{prefix}transformer.resblocks"
+    return _rules(names, there=prefix) + _stack(_OPEN_CLIP_BLOCK, "text", blocks, config.text.depth)
+
+
+def _open_clip_clip(config: ModelConfig) -> Layout:
+    names = {
+        "scale": "logit_scale",
+        "vision.embedding.weight": "visual.conv1.weight",
+        "vision.embedding.class_token": "visual.class_embedding",
+        "vision.embedding.position": "visual.positional_embedding",
+        "vision.embed_norm.{k}": "visual.ln_pre.{k}",
+        "vision.norm.{k}": "visual.ln_post.{k}",
+    }
+    projections = {
+        "image_projection.weight": "visual.proj",
+        "text_projection.weight": "text_projection",
+    }
+    rules = [
+        *_rules(names),
+        *_rules(projections, transpose=True),
+        *_stack(_OPEN_CLIP_BLOCK, "vision", "visual.transformer.resblocks", config.vision.depth),
+        *_open_clip_text(config, ""),
+    ]
+    return Layout("open_clip CLIP", tuple(rules), (("attn_mask", "a constant"),))
+
+
+def _open_clip_siglip(config: ModelConfig) -> Layout:
+    trunk = {
+        "embedding.{k}": "patch_embed.proj.{k}",
+        "norm.{k}": "norm.{k}",
+        "pooler.q.{k}": "attn_pool.q.{k}",
+        "pooler.kv.{k}": "attn_pool.kv.{k}",
+        "pooler.out.{k}": "attn_pool.proj.{k}",
+        "pooler.norm.{k}": "attn_pool.norm.{k}",
+        "pooler.mlp.fc1.{k}": "attn_pool.mlp.fc1.{k}",
+        "pooler.mlp.fc2.{k}": "attn_pool.mlp.fc2.{k}",
+    }
+    rules = [
+        *_rules({"scale": "logit_scale", "logit_bias": "logit_bias"}),
+        *_rules({"text_projection.{k}": "text.text_projection.{k}"}),
+        *_rules(trunk, "vision.", "visual.trunk."),
+        *_rules({"vision.embedding.position": "visual.trunk.pos_embed"}, lead=1),
+        *_rules({"vision.pooler.probe": "visual.trunk.attn_pool.latent"}, lead=2),
+        *_stack(_TIMM_BLOCK, "vision", "visual.trunk.blocks", config.vision.depth),
+        *_open_clip_text(config, "text."),
+    ]
+    return Layout("open_clip SigLIP", tuple(rules), (("text.attn_mask", "a constant"),))
+
+
+LAYOUTS: dict[str, dict[str, Callable[[ModelConfig], Layout]]] = {
+    "transformers": {
+        "clip": lambda config: transformers_clip(config.vision.depth, config.text.depth),
+        "siglip": _transformers_siglip,
+    },
+    "open_clip": {"clip": _open_clip_clip, "siglip": _open_clip_siglip},
+}

@@ -1,0 +1,204 @@
+"""Weights from and to other libraries' models, strictly: every tensor is used or named.
+
+What is called what in which library is in `layouts.py`; neither library is needed to convert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlpfast.models.config import ModelConfig
+from vlpfast.models.vlp import VLPModel
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Our tensors and the other library's that hold the same numbers, each side joined by rows.
+
+    Attributes:
+        ours, theirs: names.
+        shares: of the joined rows, what each of ours has; theirs have equal parts.
+        transpose: theirs is multiplied from the right.
+        lead: leading dimensions of size 1 that theirs has more.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    shares: tuple[int, ...] = (1,)
+    transpose: bool = False
+    lead: int = 0
+
+    def import_(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors from theirs."""
+        parts = [source[name] for name in self.theirs]
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        joined = joined.flatten(0, self.lead) if self.lead else joined
+        joined = joined.reshape(()) if self.lead and joined.numel() == 1 else joined
+        joined = joined.T if self.transpose else joined
+        if len(self.ours) == 1:
+            return {self.ours[0]: joined}
+        unit = joined.shape[0] // sum(self.shares)
+        return dict(zip(self.ours, joined.split([unit * s for s in self.shares]), strict=True))
+
+    def export(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their tensors from ours."""
+        parts = [state[name] for name in self.ours]
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        joined = joined.T if self.transpose else joined
+        joined = joined.reshape(*[1] * self.lead, *joined.shape)
+        parts = joined.chunk(len(self.theirs)) if len(self.theirs) > 1 else [joined]
+        return {
+            name: part.clone(memory_format=torch.contiguous_format)
+            for name, part in zip(self.theirs, parts, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One model of another library.
+
+    Attributes:
+        name: of library and class.
+        rules: one for each group of tensors.
+        unused: (pattern of names, reason) of tensors that have no place here.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    unused: tuple[tuple[str, str], ...] = ()
+
+    def reason(self, name: str) -> str | None:
+        """Why the tensor `name` is not taken, or None where nothing says so."""
+        return next((why for pattern, why in self.unused if fnmatch(name, pattern)), None)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor; `str` makes it a table.
+
+    Attributes:
+        layout: what was read.
+        used: (our name, their names, shape) of every tensor that was loaded.
+        unused: (their name, reason) of every tensor that was not.
+    """
+
+    layout: str
+    used: tuple[tuple[str, str, tuple[int, ...]], ...]
+    unused: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        rows = [("vlpfast", "shape", self.layout)]
+        rows += [
+            (ours, "x".join(map(str, shape)) or "1", theirs) for ours, theirs, shape in self.used
+        ]
+        rows += [("(not used)", "", f"{name}: {reason}") for name, reason in self.unused]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+        count = f"{len(self.used)} tensors loaded, {len(self.unused)} not used"
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], count])
+
+
+def convert(layout: Layout, source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
+    """Our state dict from theirs, with the report.
+
+    Raises:
+        ValueError: `source` lacks tensors, or holds some that have no place here; all are named.
+    """
+    wanted = {name for rule in layout.rules for name in rule.theirs}
+    missing = sorted(wanted - source.keys())
+    foreign = sorted(n for n in source.keys() - wanted if layout.reason(n) is None)
+    if missing or foreign:
+        raise ValueError(
+            f"source is not a state dict of {layout.name} of this configuration: "
+            f"{_some('missing', missing)}{'; ' if missing and foreign else ''}"
+            f"{_some('without a place here', foreign)}"
+        )
+    state, used = {}, []
+    for rule in layout.rules:
+        for name, tensor in rule.import_(source).items():
+            state[name] = tensor
+            used.append((name, " + ".join(rule.theirs), tuple(tensor.shape)))
+    unused = [(name, layout.reason(name)) for name in sorted(source.keys() - wanted)]
+    return state, LoadReport(layout.name, tuple(used), tuple(unused))
+
+
+def import_weights(
+    model: VLPModel, source: Mapping[str, Tensor] | str | Path, library: str
+) -> LoadReport:
+    """Loads another library's weights into `model`, whose configuration must be the same.
+
+    Args:
+        model: of a preset that `library` has, see `layouts.LAYOUTS`.
+        source: state dict, or the path of a .safetensors file.
+        library: "transformers" or "open_clip".
+
+    Returns:
+        The report; nothing is dropped without being named in it.
+
+    Raises:
+        ValueError: unknown library or preset, missing or foreign tensors, shapes that do not fit.
+    """
+    if isinstance(source, str | Path):
+        source = load_file(source)
+    state, report = convert(_layout(model.config, library), source)
+    own = model.state_dict()
+    wrong = [
+        f"{name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+        for name, tensor in state.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"weights of {report.layout} do not fit: {_some('shapes', wrong)}")
+    model.load_state_dict(state)
+    return report
+
+
+def export_weights(
+    model: VLPModel, library: str, path: str | Path | None = None
+) -> dict[str, Tensor]:
+    """The model's weights by another library's names, copied; the inverse of `import_weights`.
+
+    Args:
+        model: of a preset that `library` has.
+        library: "transformers" or "open_clip".
+        path: a .safetensors file to write too.
+
+    Returns:
+        A state dict for that library's `load_state_dict`. Tensors that it has and this model has
+        not (`Layout.unused`) are not in it.
+    """
+    state = model.state_dict()
+    out: dict[str, Tensor] = {}
+    for rule in _layout(model.config, library).rules:
+        out |= rule.export(state)
+    if path is not None:
+        save_file(out, path, metadata={"format": "pt"})
+    return out
+
+
+def _layout(config: ModelConfig, library: str) -> Layout:
+    from vlpfast.integrations.layouts import LAYOUTS
+
+    known: Mapping[str, Mapping[str, Callable[[ModelConfig], Layout]]] = LAYOUTS
+    if library not in known:
+        raise ValueError(f"library must be one of {sorted(known)}, got {library!r}")
+    if config.preset not in known[library]:
+        raise ValueError(
+            f"{library} has no model of preset {config.preset!r}; it has {sorted(known[library])}"
+        )
+    return known[library][config.preset](config)
+
+
+def _some(what: str, names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{what}: {', '.join(names[:most])}{more}"
