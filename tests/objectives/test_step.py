@@ -118,6 +118,23 @@ def test_patches_are_dropped_in_training_only_and_by_position():
     assert seen[3] is None
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"patch_dropout": 0.5}, 98),
+        ({"patch_dropout": 0.5, "keep_multiple": 32}, 95),
+        ({"patch_dropout": 0.75, "keep_multiple": 32}, 63),
+        ({"patch_dropout": 0.75, "keep_multiple": 16, "class_token": False, "pool": "mean"}, 48),
+        ({"patch_dropout": 0.1, "keep_multiple": 512}, 196),
+        ({"max_patches": 100, "keep_multiple": 8}, 95),
+        ({"keep_multiple": 32}, 196),
+    ],
+)
+def test_kept_tokens_fill_tiles_where_asked(options, kept):
+    vision = replace(preset_config("clip", "base").vision, patch_size=16, **options)
+    assert vision.num_kept(196) == kept
+
+
 def test_the_last_steps_may_see_whole_images():
     torch.manual_seed(0)
     config = preset_config("flip", "tiny", vocab_size=50, image_size=32)

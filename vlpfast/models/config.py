@@ -63,6 +63,8 @@ class VisionConfig(StackConfig):
             unmasked tuning: evaluation sees whole images.
         max_patches: of more patches or cells than this, training sees as many, drawn at random
             (ViLT, Pixel-BERT); 0 is no limit.
+        keep_multiple: where patches are dropped, the tokens that stay, class token included, are
+            this many times a number: tiles of a kernel are then full.
     """
 
     front: Literal["patches", "grid", "regions", "cnn"] = "patches"
@@ -76,6 +78,7 @@ class VisionConfig(StackConfig):
     patch_dropout: float = 0.0
     patch_dropout_steps: int = 0
     max_patches: int = 0
+    keep_multiple: int = 1
     cnn: str = "small"
     region_dim: int = 0
     region_classes: int = 0
@@ -83,7 +86,12 @@ class VisionConfig(StackConfig):
     def num_kept(self, num_patches: int) -> int:
         """Of `num_patches`, how many a training step sees."""
         kept = max(1, round(num_patches * (1 - self.patch_dropout)))
-        return min(kept, self.max_patches or kept)
+        kept = min(kept, self.max_patches or kept)
+        if kept == num_patches or self.keep_multiple == 1:
+            return kept
+        first = int(self.front == "patches" and self.class_token)
+        tokens = max(1, round((kept + first) / self.keep_multiple)) * self.keep_multiple
+        return min(tokens - first, num_patches)
 
 
 @dataclass(frozen=True)
@@ -209,6 +217,8 @@ class ModelConfig:
 
     def _check_vision(self) -> None:
         vision = self.vision
+        if vision.keep_multiple < 1:
+            raise ValueError(f"vision.keep_multiple must be >= 1, got {vision.keep_multiple}")
         if vision.front == "cnn" and (vision.pool == "map" or vision.patch_dropout):
             raise ValueError(
                 "vision.pool 'map' and vision.patch_dropout are for patches, not for "
