@@ -89,9 +89,10 @@ class VisionConfig(StackConfig):
         kept = min(kept, self.max_patches or kept)
         if kept == num_patches or self.keep_multiple == 1:
             return kept
-        first = int(self.front == "patches" and self.class_token)
-        tokens = max(1, round((kept + first) / self.keep_multiple)) * self.keep_multiple
-        return min(tokens - first, num_patches)
+        first, multiple = int(self.front == "patches" and self.class_token), self.keep_multiple
+        most = first + min(num_patches, self.max_patches or num_patches)
+        tokens = max(1, round((kept + first) / multiple)) * multiple
+        return min(tokens, most // multiple * multiple or most) - first
 
 
 @dataclass(frozen=True)
