@@ -48,7 +48,7 @@ class VisionConfig(StackConfig):
             cells of a CNN's last feature map) or "regions" (an object detector's).
         patch_size: side of a patch, or of the square that a cell of the grid stands for, pixels.
         patch_bias: whether the patch projection has a bias.
-        cnn: the network behind a grid: "small" or "resnet50".
+        grid_cnn: the network behind a grid: "small" or "resnet50".
         region_dim, region_classes: width of the regions' features, and classes of their detector.
         embed_norm: LayerNorm between the embeddings and the first block (CLIP's `pre_layrnorm`).
         position: "learned", or fixed 2-D "sincos" (FLIP, MAE).
@@ -69,7 +69,7 @@ class VisionConfig(StackConfig):
     patch_dropout: float = 0.0
     patch_dropout_steps: int = 0
     max_patches: int = 0
-    cnn: Literal["small", "resnet50"] = "small"
+    grid_cnn: Literal["small", "resnet50"] = "small"
     region_dim: int = 0
     region_classes: int = 0
 

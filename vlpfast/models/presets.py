@@ -243,10 +243,10 @@ def pixel_bert(size: str) -> ModelConfig:
     base = size == "base"
     bert = {"norm": "post", "norm_eps": 1e-12} if base else {"norm_eps": 1e-6}
     dropout = {"dropout": 0.1, "attention_dropout": 0.1} if base else {}
-    grid = {"cnn": "resnet50", "patch_size": 64, "max_patches": 100}
+    grid = {"grid_cnn": "resnet50", "patch_size": 64, "max_patches": 100}
     if not base:
         # Of 64 cells as large a share as 100 is of the largest published image's 240.
-        grid = {"cnn": "small", "patch_size": _compact(size)[2], "max_patches": 27}
+        grid = {"grid_cnn": "small", "patch_size": _compact(size)[2], "max_patches": 27}
     return _one_stack(
         "pixel-bert",
         size,

@@ -56,7 +56,7 @@ def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
     if config.front == "regions":
         return RegionEmbedding(config.dim, config.region_dim, config.norm_eps)
     if config.front == "grid":
-        return GridEmbedding(config.dim, config.cnn, patch_size=config.patch_size, **pixels)
+        return GridEmbedding(config.dim, config.grid_cnn, patch_size=config.patch_size, **pixels)
     return PatchEmbedding(
         config.dim,
         image_size=model.image_size,
