@@ -120,7 +120,7 @@ class VLPModel(nn.Module):
     @property
     def has_joint_space(self) -> bool:
         """Whether images and texts are embedded where they can be compared."""
-        return self.scale is not None
+        return self.config.embed_dim > 0
 
     @property
     def device(self) -> torch.device:

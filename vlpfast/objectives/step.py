@@ -112,7 +112,7 @@ class PretrainStep(nn.Module):
                 read = Plan(distil_tokens, (Rows.MASKED,) if distil_tokens else (), False)
                 teacher = self._encode(self.teacher.model, batch, kept, seed, read)
         losses, metrics = {}, {}
-        if self.model.has_joint_space:
+        if self.model.scale is not None:
             metrics["logit_scale"] = self.model.logit_scale.detach()
         hard_text = hard_image = mixed_image = None
         if config.itc:

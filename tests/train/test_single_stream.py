@@ -1,0 +1,84 @@
+"""The recipes of single-stream systems on generated scenes, from shards to a probe, and resumed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vlpfast import recipes
+from vlpfast.data.scenes import write_shards
+from vlpfast.eval.run import evaluate
+from vlpfast.train.run import train
+
+LOSSES = {
+    "vilt_scenes": {"itm", "mlm", "wra"},
+    "uniter_scenes": {"itm", "mlm", "wra", "mrfr", "mrckl"},
+    "pixel_bert_scenes": {"itm", "mlm"},
+}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "val"
+    write_shards(folder, num_samples=24, split="val", progress=False)
+    return folder
+
+
+def small(name: str, scenes, logs, steps: int):
+    """The recipe with 8 pairs a step, 32 wide, one block."""
+    config = recipes.get(name)
+    shape = {"dim": 32, "heads": 2}
+    model = replace(
+        config.model,
+        vision=replace(config.model.vision, **shape),
+        text=replace(config.model.text, **shape),
+        fusion=replace(config.model.fusion, **shape, depth=1),
+    )
+    return replace(
+        config,
+        model=model,
+        data=replace(config.data, path=str(scenes), workers=1),
+        train=replace(
+            config.train,
+            batch_size=8,
+            steps=steps,
+            save_every=4,
+            log_every_n_steps=1,
+            precision="fp32",
+            report_to="none",
+            logs=str(logs),
+        ),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
+def test_trains_evaluates_and_resumes(name, scenes, tmp_path):
+    whole = small(name, scenes, tmp_path / "whole", 6)
+    result = train(whole)
+    rows = (whole.run_dir / "metrics.jsonl").read_text().splitlines()
+    seen = {loss for row in rows for loss in json.loads(row)["losses"]}
+    assert seen <= LOSSES[name]
+    assert seen == LOSSES[name] or whole.objectives.mix
+    probe = evaluate(whole.run_dir, "mlm", scenes, device="cpu", progress=False)
+    assert probe.counts["num_samples"] > 0
+    # Stopped after four steps and resumed, the weights are the same to the bit.
+    path = whole.run_dir / "checkpoints" / "step_4.pt"
+    again = small(name, scenes, tmp_path / "again", 6)
+    resumed = train(again, resume=str(path))
+    weights = (
+        torch.load(r.checkpoint, weights_only=True)["state_dict"] for r in (result, resumed)
+    )
+    for (key, one), two in zip(next(weights).items(), next(weights).values(), strict=True):
+        assert torch.equal(one, two), key
+
+
+def test_regions_are_aligned_by_name(scenes, tmp_path):
+    config = small("uniter_scenes", scenes, tmp_path, 2)
+    train(config)
+    result = evaluate(config.run_dir, "align", scenes, device="cpu", progress=False)
+    assert result.chance["region_mass"] == pytest.approx(100 / 8)
+    assert 0 < result.metrics["region_mass"] < 100
+    with pytest.raises(ValueError, match="retrieval ranks by embeddings in a joint space; preset"):
+        evaluate(config.run_dir, "retrieval", scenes, device="cpu", progress=False)
