@@ -15,7 +15,9 @@ class ObjectivesConfig:
         itc: image-text contrast.
         sigmoid: image-text contrast pair by pair (SigLIP).
         hinge: triplets with a margin, summed over the batch (VSE++); `hinge_margin` in units of
-            cosine, `hinge_hardest` counts the hardest negative of each query, else all (VSE0).
+            cosine. `hinge_hardest` counts the hardest negative of each query, else all (VSE0);
+            also in the first `hinge_sum_steps` all count: from random weights the hardest alone
+            draw all embeddings to one point.
         itm: image-text matching; one hard negative image and one hard negative text per pair.
         mlm: masked language modelling on the text that reads its image.
         label_smoothing: of the targets of `itc`.
@@ -33,6 +35,7 @@ class ObjectivesConfig:
     hinge: float = 0.0
     hinge_margin: float = 0.2
     hinge_hardest: bool = True
+    hinge_sum_steps: int = 0
     label_smoothing: float = 0.0
     mlm_probability: float = 0.15
     mlm_whole_word: bool = False
@@ -42,7 +45,7 @@ class ObjectivesConfig:
     alpha_ramp_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in (*LOSSES, "hinge_margin"):
+        for name in (*LOSSES, "hinge_margin", "hinge_sum_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"objectives.{name} must be >= 0, got {getattr(self, name)}")
         if not self.weights:

@@ -117,7 +117,7 @@ class PretrainStep(nn.Module):
                 text,
                 batch.image_ids,
                 margin=self.config.hinge_margin,
-                hardest=self.config.hinge_hardest,
+                hardest=self.config.hinge_hardest and step >= self.config.hinge_sum_steps,
                 group=self.group,
             )
         if self.plan.fusion:
