@@ -41,19 +41,23 @@ def open_clip() -> ModuleType:
     return importlib.import_module("open_clip")
 
 
-def open_clip_model() -> ModuleType:
+def open_clip_model(*, with_timm: bool = False) -> ModuleType:
     """open_clip's model.py with the modules of the package that it imports, and no others.
 
-    What its transformers do not use is hidden meanwhile: transformers and timm, which it can do
-    without, and torchvision, of which it wants one class.
+    What its transformers do not use is hidden meanwhile: transformers and (unless asked for) timm,
+    which it can do without, and torchvision, of which it wants one class.
     """
     package = importlib.util.find_spec("open_clip")
     if package is None:
         pytest.skip("open_clip is not installed")
-    bare, batch_norm = ModuleType("open_clip_bare"), ModuleType("torchvision.ops.misc")
+    if with_timm:
+        timm()
+    bare = ModuleType("open_clip_bare" + ("_timm" if with_timm else ""))
+    batch_norm = ModuleType("torchvision.ops.misc")
     bare.__path__ = list(package.submodule_search_locations)
     batch_norm.FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
-    stubs = {"transformers": None, "timm": None, batch_norm.__name__: batch_norm}
+    stubs = {"transformers": None, batch_norm.__name__: batch_norm}
+    stubs |= {} if with_timm else {"timm": None}
     stubs |= {name: ModuleType(name) for name in ("torchvision", "torchvision.ops")}
     before = {name: sys.modules[name] for name in stubs if name in sys.modules}
     sys.modules.setdefault(bare.__name__, bare)

@@ -50,6 +50,18 @@ def test_hinge_is_the_double_loop(size, hardest):
     assert size == 1 or total > 0
 
 
+def test_the_first_steps_may_count_all_negatives():
+    batch = make_batch(7, masked=False)
+    step = a_step("vse++", replace(HINGE, hinge_sum_steps=3))
+    all_negatives = a_step("vse++", replace(HINGE, hinge_hardest=False))
+    hardest = a_step("vse++", HINGE)
+    for number, peer in ((0, all_negatives), (2, all_negatives), (3, hardest), (4, hardest)):
+        loss, expected = (
+            s(batch, seed=0, step=number).losses["hinge"][0].item() for s in (step, peer)
+        )
+        assert loss == expected
+
+
 def test_of_tied_negatives_one_has_the_gradient():
     image = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.9, 0.1]], dtype=torch.float64))
     text = image.clone().requires_grad_()

@@ -1,10 +1,12 @@
 """Names of the tensors of transformers' and open_clip's models beside ours.
 
-In a table, `{k}` stands for "weight" and "bias", and several names on the right are joined by rows.
+In a table, `{k}` stands for "weight" and "bias", `{n}` for what a BatchNorm has, and several names
+on one side are joined by rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from vlpfast.integrations.weights import Layout, Rule
@@ -44,13 +46,22 @@ _TIMM_BLOCK = {
 }
 
 
+_ENDINGS = {
+    "{k}": ("weight", "bias"),
+    "{n}": ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+}
+
+
 def _rules(names: Names, here: str = "", there: str = "", **options: object) -> list[Rule]:
     """A rule for each entry, with prefixes."""
     rules = []
     for ours, theirs in names.items():
-        for kind in ("weight", "bias") if "{k}" in ours + theirs else ("",):
+        mark = next((mark for mark in _ENDINGS if mark in ours), "")
+        for ending in _ENDINGS.get(mark, ("",)):
             sides = [
-                tuple(prefix + name.replace("{k}", kind) for name in side.split())
+                tuple(
+                    prefix + (name.replace(mark, ending) if mark else name) for name in side.split()
+                )
                 for prefix, side in ((here, ours), (there, theirs))
             ]
             rules.append(Rule(*sides, **options))
@@ -61,6 +72,9 @@ def _stack(names: Names, here: str, there: str, depth: int) -> list[Rule]:
     return [
         rule for n in range(depth) for rule in _rules(names, f"{here}.blocks.{n}.", f"{there}.{n}.")
     ]
+
+
+_POSITION_IDS = ("*.position_ids", "a constant")
 
 
 def transformers_clip(vision_depth: int, text_depth: int) -> Layout:
@@ -82,9 +96,6 @@ def transformers_clip(vision_depth: int, text_depth: int) -> Layout:
     for tower, depth in (("vision", vision_depth), ("text", text_depth)):
         rules += _stack(_TRANSFORMERS_BLOCK, tower, f"{tower}_model.encoder.layers", depth)
     return Layout("transformers CLIPModel", tuple(rules), (_POSITION_IDS,))
-
-
-_POSITION_IDS = ("*.position_ids", "a constant")
 
 
 def _transformers_siglip(config: ModelConfig) -> Layout:
@@ -110,6 +121,78 @@ def _transformers_siglip(config: ModelConfig) -> Layout:
         depth = getattr(config, tower).depth
         rules += _stack(_TRANSFORMERS_BLOCK, tower, f"{tower}_model.encoder.layers", depth)
     return Layout("transformers SiglipModel", tuple(rules), (_POSITION_IDS,))
+
+
+# Depth multipliers of EfficientNet-B0 to B7, and blocks of B0's stages (Tan & Le 2019, table 1).
+_DEPTHS = (1.0, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6, 3.1)
+_STAGES = (1, 2, 2, 3, 3, 4, 1)
+# A block of the first stage has no expansion before its depthwise convolution.
+_FIRST_STAGE = {
+    "conv_dw.weight": "depthwise_conv.depthwise_conv.weight",
+    "bn1.{n}": "depthwise_conv.depthwise_norm.{n}",
+    "conv_pw.weight": "projection.project_conv.weight",
+    "bn2.{n}": "projection.project_bn.{n}",
+}
+_LATER_STAGES = {
+    "conv_pw.weight": "expansion.expand_conv.weight",
+    "bn1.{n}": "expansion.expand_bn.{n}",
+    "conv_dw.weight": "depthwise_conv.depthwise_conv.weight",
+    "bn2.{n}": "depthwise_conv.depthwise_norm.{n}",
+    "conv_pwl.weight": "projection.project_conv.weight",
+    "bn3.{n}": "projection.project_bn.{n}",
+}
+_SQUEEZE = {
+    "se.conv_reduce.{k}": "squeeze_excite.reduce.{k}",
+    "se.conv_expand.{k}": "squeeze_excite.expand.{k}",
+}
+
+
+def _efficientnet(cnn: str) -> list[Rule]:
+    """timm's `tf_efficientnet_bN` beside transformers' AlignVisionModel, which numbers all blocks.
+
+    They pad alike where the image's side is a multiple of 32; ALIGN's 289 px is none.
+    """
+    known = [f"tf_efficientnet_b{n}" for n in range(len(_DEPTHS))]
+    if cnn not in known:
+        raise ValueError(
+            f"transformers' AlignModel has an EfficientNet: vision.cnn must be one of {known}, "
+            f"got {cnn!r}"
+        )
+    here, there = "vision.cnn.network.", "vision_model."
+    stem = {
+        "conv_stem.weight": "embeddings.convolution.weight",
+        "bn1.{n}": "embeddings.batchnorm.{n}",
+    }
+    rules, number = _rules(stem, here, there), 0
+    for stage, blocks in enumerate(_STAGES):
+        names = _LATER_STAGES if stage else _FIRST_STAGE
+        for block in range(math.ceil(blocks * _DEPTHS[known.index(cnn)])):
+            prefixes = f"{here}blocks.{stage}.{block}.", f"{there}encoder.blocks.{number}."
+            rules += _rules(names | _SQUEEZE, *prefixes)
+            number += 1
+    return rules
+
+
+def _transformers_align(config: ModelConfig) -> Layout:
+    names = {
+        "scale": "temperature",
+        "text_projection.{k}": "text_projection.{k}",
+        "text.embedding.token": "text_model.embeddings.word_embeddings.weight",
+        "text.embedding.position": "text_model.embeddings.position_embeddings.weight",
+        "text.embedding.token_type": "text_model.embeddings.token_type_embeddings.weight",
+        "text.embedding.norm.{k}": "text_model.embeddings.LayerNorm.{k}",
+    }
+    rules = [
+        *_rules(names),
+        *_stack(_BERT_BLOCK, "text", "text_model.encoder.layer", config.text.depth),
+        *_efficientnet(config.vision.cnn),
+    ]
+    unused = (
+        ("text_model.pooler.*", "BERT's pooler, which ALIGN's embeddings do not use"),
+        _POSITION_IDS,
+        ("*.token_type_ids", "a constant"),
+    )
+    return Layout("transformers AlignModel", tuple(rules), unused)
 
 
 def _open_clip_text(config: ModelConfig, prefix: str) -> list[Rule]:
@@ -169,6 +252,7 @@ def _open_clip_siglip(config: ModelConfig) -> Layout:
 
 LAYOUTS: dict[str, dict[str, Callable[[ModelConfig], Layout]]] = {
     "transformers": {
+        "align": _transformers_align,
         "clip": lambda config: transformers_clip(config.vision.depth, config.text.depth),
         "siglip": _transformers_siglip,
     },

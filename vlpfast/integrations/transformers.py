@@ -1,27 +1,16 @@
-"""Weights of Hugging Face transformers models as vlpfast state dicts. transformers itself is not
-needed to convert.
+"""Weights of Hugging Face transformers' CLIPModel as a vlpfast state dict, without a model at hand.
+
+`integrations.weights` does this and more for a model: checked against it, with a report, and back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-
-def _block(source: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """One CLIP encoder layer under `prefix`."""
-    out = {}
-    for kind in ("weight", "bias"):
-        qkv = [source[f"{prefix}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
-        out[f"attention.qkv.{kind}"] = torch.cat(qkv)
-        out[f"attention.out.{kind}"] = source[f"{prefix}.self_attn.out_proj.{kind}"]
-        out[f"norm1.{kind}"] = source[f"{prefix}.layer_norm1.{kind}"]
-        out[f"norm2.{kind}"] = source[f"{prefix}.layer_norm2.{kind}"]
-        out[f"mlp.fc1.{kind}"] = source[f"{prefix}.mlp.fc1.{kind}"]
-        out[f"mlp.fc2.{kind}"] = source[f"{prefix}.mlp.fc2.{kind}"]
-    return out
+from vlpfast.integrations.layouts import transformers_clip
+from vlpfast.integrations.weights import convert
 
 
 def _bert_block(source: Mapping[str, Tensor], prefix: str, names: dict[str, str]) -> dict:
@@ -84,36 +73,11 @@ def clip_state_dict(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """State dict of preset `clip` from transformers' `CLIPModel.state_dict()`.
 
     Raises:
-        KeyError: `source` lacks a weight of CLIPModel.
-        ValueError: `source` holds weights that have no place here, named.
+        ValueError: `source` lacks weights of CLIPModel, or holds some that have no place here;
+            they are named.
     """
-    vision, text = "vision_model", "text_model"
-    out = {
-        "scale": source["logit_scale"],
-        "image_projection.weight": source["visual_projection.weight"],
-        "text_projection.weight": source["text_projection.weight"],
-        "vision.embedding.weight": source[f"{vision}.embeddings.patch_embedding.weight"],
-        "vision.embedding.class_token": source[f"{vision}.embeddings.class_embedding"],
-        "vision.embedding.position": source[f"{vision}.embeddings.position_embedding.weight"],
-        "text.embedding.token": source[f"{text}.embeddings.token_embedding.weight"],
-        "text.embedding.position": source[f"{text}.embeddings.position_embedding.weight"],
-    }
-    for kind in ("weight", "bias"):
-        out[f"vision.embed_norm.{kind}"] = source[f"{vision}.pre_layrnorm.{kind}"]
-        out[f"vision.norm.{kind}"] = source[f"{vision}.post_layernorm.{kind}"]
-        out[f"text.norm.{kind}"] = source[f"{text}.final_layer_norm.{kind}"]
-    used = 8 + 6
-    for here, there in (("vision", vision), ("text", text)):
-        layers = {
-            name.split(".")[3] for name in source if name.startswith(f"{there}.encoder.layers.")
-        }
-        for layer in layers:
-            block = _block(source, f"{there}.encoder.layers.{layer}")
-            out |= {f"{here}.blocks.{layer}.{name}": value for name, value in block.items()}
-            used += 16
-    extra = [name for name in source if not name.endswith("position_ids")]
-    if len(extra) != used:
-        raise ValueError(
-            f"source must be a CLIPModel's state dict of {used} tensors, got {len(extra)}"
-        )
-    return out
+    depths = [
+        len({n.split(".")[3] for n in source if n.startswith(f"{tower}_model.encoder.layers.")})
+        for tower in ("vision", "text")
+    ]
+    return convert(transformers_clip(*depths), source)[0]

@@ -39,8 +39,8 @@ class Rule:
         """Our tensors from theirs."""
         parts = [source[name] for name in self.theirs]
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-        joined = joined.flatten(0, self.lead) if self.lead else joined
-        joined = joined.reshape(()) if self.lead and joined.numel() == 1 else joined
+        for _ in range(self.lead):
+            joined = joined.squeeze(0)
         joined = joined.T if self.transpose else joined
         if len(self.ours) == 1:
             return {self.ours[0]: joined}
@@ -52,7 +52,7 @@ class Rule:
         parts = [state[name] for name in self.ours]
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]
         joined = joined.T if self.transpose else joined
-        joined = joined.reshape(*[1] * self.lead, *joined.shape)
+        joined = joined.reshape((1,) * self.lead + joined.shape)
         parts = joined.chunk(len(self.theirs)) if len(self.theirs) > 1 else [joined]
         return {
             name: part.clone(memory_format=torch.contiguous_format)

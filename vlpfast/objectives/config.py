@@ -18,7 +18,9 @@ class ObjectivesConfig:
         itc: image-text contrast.
         sigmoid: image-text contrast pair by pair (SigLIP).
         hinge: triplets with a margin, summed over the batch (VSE++); `hinge_margin` in units of
-            cosine, `hinge_hardest` counts the hardest negative of each query, else all (VSE0).
+            cosine. `hinge_hardest` counts the hardest negative of each query, else all (VSE0);
+            also in the first `hinge_sum_steps` all count: from random weights the hardest alone
+            draw all embeddings to one point.
         itm: image-text matching. `itm_negatives` "hard": one hard negative image and one hard
             negative text per pair; "random": half of the pairs get another image of the batch.
         mlm: masked language modelling on the text that reads its image.
@@ -44,6 +46,7 @@ class ObjectivesConfig:
     hinge: float = 0.0
     hinge_margin: float = 0.2
     hinge_hardest: bool = True
+    hinge_sum_steps: int = 0
     wra: float = 0.0
     mrfr: float = 0.0
     mrc: float = 0.0
@@ -62,7 +65,7 @@ class ObjectivesConfig:
     alpha_ramp_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in (*OBJECTIVES, "hinge_margin"):
+        for name in (*OBJECTIVES, "hinge_margin", "hinge_sum_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"objectives.{name} must be >= 0, got {getattr(self, name)}")
         if not self.weights:

@@ -128,7 +128,7 @@ class PretrainStep(nn.Module):
                 text,
                 batch.image_ids,
                 margin=config.hinge_margin,
-                hardest=config.hinge_hardest,
+                hardest=config.hinge_hardest and step >= config.hinge_sum_steps,
                 group=self.group,
             )
         if Rows.MIXED in plan.fusion:

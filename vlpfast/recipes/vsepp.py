@@ -21,7 +21,7 @@ def compact(size: str) -> RunConfig:
         config,
         name=f"vsepp_{size}",
         model=preset_config("vse++", size, context_length=64),
-        objectives=_OBJECTIVES,
+        objectives=replace(_OBJECTIVES, hinge_sum_steps=500),
         # The loss is a sum over the batch, and so is its gradient.
         optim=replace(config.optim, grad_clip_norm=2.0),
         train=replace(config.train, batch_size=128),
