@@ -329,5 +329,5 @@ def test_errors_name_what_is_known():
         ValueError, match=r"open_clip has no model of preset 'vse\+\+'; it has \['clip'"
     ):
         export_weights(small("vse++"), "open_clip")
-    with pytest.raises(ValueError, match=r"vision\.cnn must be one of .*got 'resnet'"):
+    with pytest.raises(ValueError, match=r"vision\.cnn must be one of .*got 'small'"):
         export_weights(small("align"), "transformers")

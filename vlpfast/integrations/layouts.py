@@ -195,6 +195,39 @@ def _transformers_align(config: ModelConfig) -> Layout:
     return Layout("transformers AlignModel", tuple(rules), unused)
 
 
+_VILT_BLOCK = {
+    "attention.qkv.{k}": "attention.attention.query.{k} attention.attention.key.{k} "
+    "attention.attention.value.{k}",
+    "attention.out.{k}": "attention.output.dense.{k}",
+    "norm1.{k}": "layernorm_before.{k}",
+    "norm2.{k}": "layernorm_after.{k}",
+    "mlp.fc1.{k}": "intermediate.dense.{k}",
+    "mlp.fc2.{k}": "output.dense.{k}",
+}
+
+
+def transformers_vilt(depth: int) -> Layout:
+    """`ViltModel` with so many layers; it has no heads."""
+    names = {
+        "vision.embedding.{k}": "embeddings.patch_embeddings.projection.{k}",
+        "text.embedding.token": "embeddings.text_embeddings.word_embeddings.weight",
+        "text.embedding.position": "embeddings.text_embeddings.position_embeddings.weight",
+        "text.embedding.token_type": "embeddings.text_embeddings.token_type_embeddings.weight",
+        "text.embedding.norm.{k}": "embeddings.text_embeddings.LayerNorm.{k}",
+        "fusion.modality": "embeddings.token_type_embeddings.weight",
+        "fusion.norm.{k}": "layernorm.{k}",
+        "pooler.{k}": "pooler.dense.{k}",
+    }
+    rules = [
+        *_rules(names),
+        *_rules({"vision.embedding.class_token": "embeddings.cls_token"}, lead=2),
+        *_rules({"vision.embedding.position": "embeddings.position_embeddings"}, lead=1),
+        *_stack(_VILT_BLOCK, "fusion", "encoder.layer", depth),
+    ]
+    constants = (_POSITION_IDS, ("*.token_type_ids", "a constant"))
+    return Layout("transformers ViltModel", tuple(rules), constants)
+
+
 def _open_clip_text(config: ModelConfig, prefix: str) -> list[Rule]:
     names = {
         "text.embedding.token": "token_embedding.weight",
