@@ -67,9 +67,7 @@ def test_trains_evaluates_and_resumes(name, scenes, tmp_path):
     path = whole.run_dir / "checkpoints" / "step_4.pt"
     again = small(name, scenes, tmp_path / "again", 6)
     resumed = train(again, resume=str(path))
-    weights = (
-        torch.load(r.checkpoint, weights_only=True)["state_dict"] for r in (result, resumed)
-    )
+    weights = (torch.load(r.checkpoint, weights_only=True)["state_dict"] for r in (result, resumed))
     for (key, one), two in zip(next(weights).items(), next(weights).values(), strict=True):
         assert torch.equal(one, two), key
 
