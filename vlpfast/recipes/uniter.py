@@ -40,18 +40,13 @@ def compact(size: str) -> RunConfig:
 
 
 def scenes(*, steps: int = 1200) -> RunConfig:
-    """`tiny`, 128 wide, on the regions of the embedded data: minutes on one core.
-
-    The losses of hidden regions are sums over dimensions, as in the paper: means, as in the code,
-    would be of little weight beside the others in so short a run.
-    """
+    """`tiny`, 128 wide, on the regions of the embedded data: minutes on one core."""
     config = compact("tiny")
     model = preset_config("uniter", "tiny", context_length=64, vocab_size=512)
     return replace(
         config,
         name="uniter_scenes",
         model=clip.narrow(model),
-        objectives=replace(OBJECTIVES, mrm_reduction="paper"),
         data=replace(clip.SCENES_DATA, regions="scenes"),
         optim=replace(config.optim, lr=2e-3, warmup=100),
         train=replace(config.train, batch_size=64, steps=steps, precision="amp_bf16", threads=1),
