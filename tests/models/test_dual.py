@@ -144,3 +144,15 @@ def test_errors_name_what_is_wrong():
         create_model("vse++", vocab_size=9).encode_text(Ragged.from_lists([[1] * 78]))
     with pytest.raises(ValueError, match="'vse\\+\\+' has no fusion tower; 'albef' has one"):
         create_model("vse++", vocab_size=9).image_keys(torch.zeros(1, 2, 192))
+    config = preset_config("vse++")
+    with pytest.raises(ValueError, match=r"word_dim of kind 'gru' must be > 0, got 0"):
+        replace(config, text=replace(config.text, word_dim=0))
+    with pytest.raises(ValueError, match=r"'gru' has neither fusion nor a token head"):
+        preset_config("vse++", mlm_head=True)
+    with pytest.raises(ValueError, match=r"of cnn 'resnet' must be 'mean', got 'first'"):
+        replace(config, vision=replace(config.vision, pool="first"))
+    with pytest.raises(ValueError, match=r"are for patches, not for vision\.cnn 'resnet'"):
+        replace(config, vision=replace(config.vision, patch_dropout=0.5))
+    siglip = preset_config("siglip")
+    with pytest.raises(ValueError, match=r"takes the class token: set vision\.class_token"):
+        replace(siglip, vision=replace(siglip.vision, pool="first"))

@@ -60,9 +60,11 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            elif isinstance(module, _Residual):
-                nn.init.ones_(module.norm1.weight)
-                nn.init.zeros_(module.norm2.weight)
+            elif isinstance(module, nn.GroupNorm):
+                module.reset_parameters()
+        nn.init.zeros_(self.stem.bias)
+        for block in self.blocks:
+            nn.init.zeros_(block.norm2.weight)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.blocks(F.relu(self.stem(pixels))).flatten(2).mT

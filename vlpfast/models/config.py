@@ -165,6 +165,7 @@ class ModelConfig:
                     f"got {self.embed_dim}"
                 )
         self._check_vision()
+        self._check_text()
 
     def _check_vision(self) -> None:
         vision = self.vision
@@ -175,6 +176,18 @@ class ModelConfig:
             )
         if not vision.cnn and vision.pool == "first" and not vision.class_token:
             raise ValueError("vision.pool 'first' takes the class token: set vision.class_token")
+        if vision.cnn == "resnet" and vision.pool != "mean":
+            raise ValueError(f"vision.pool of cnn 'resnet' must be 'mean', got {vision.pool!r}")
+
+    def _check_text(self) -> None:
+        text = self.text
+        if text.kind == "gru" and text.word_dim < 1:
+            raise ValueError(f"text.word_dim of kind 'gru' must be > 0, got {text.word_dim}")
+        if text.kind == "gru" and (self.mlm_head or self.fusion.depth):
+            raise ValueError(
+                "text.kind 'gru' has neither fusion nor a token head: its states see earlier words "
+                "only, and its words are narrower than its states"
+            )
 
     @property
     def num_patches(self) -> int:
