@@ -1,5 +1,6 @@
 """Presets siglip, align and vse++: published sizes, and what their towers promise."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -156,3 +157,15 @@ def test_errors_name_what_is_wrong():
     siglip = preset_config("siglip")
     with pytest.raises(ValueError, match=r"takes the class token: set vision\.class_token"):
         replace(siglip, vision=replace(siglip.vision, pool="first"))
+
+
+def test_networks_of_timm_that_do_not_fit(monkeypatch):
+    timm()
+    config = preset_config("align", "base", vocab_size=9)
+    with pytest.raises(ValueError, match=r"must be 'resnet' or a model of timm, got 'b7'"):
+        VLPModel(replace(config, vision=replace(config.vision, cnn="b7")))
+    with pytest.raises(ValueError, match=r"vision\.dim must be 320 .*_b0', got 640"):
+        VLPModel(replace(config, vision=replace(config.vision, cnn="tf_efficientnet_b0")))
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(NotImplementedError, match="needs timm and the torchvision it imports"):
+        VLPModel(config)
