@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import harness, plot, shapes
+from benchmarks import captions, harness, plot, shapes
 from benchmarks.step import batches, bench_rerank, clip_steps, flops
 from benchmarks.step.albef_eager import AlbefEager
 from benchmarks.step.open_clip import open_clip_module, open_clip_weights
@@ -94,7 +94,7 @@ def test_flops_are_what_the_eager_step_spends(monkeypatch: pytest.MonkeyPatch):
     """Without padding, the published order spends what the formula says and what it wastes: keys
     projected in four passes instead of one, the vocabulary at every position.
     """
-    monkeypatch.setattr(batches, "CAPTION_LENS", (9,))
+    monkeypatch.setattr(captions, "CAPTION_LENS", (9,))
     config, size, queue = compact("albef"), 4, 8
     batch = batches.make_batch(config, size)
     albef = AlbefEager(config, momentum=0.9, queue_size=queue).train()

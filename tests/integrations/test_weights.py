@@ -23,6 +23,11 @@ VOCAB, LENGTH, SIDE = 99, 16, 32
 TEXTS = [[97, 5, 6, 98], [97, 98], [97, *range(10, 23), 98], [97, 3, 98]]
 
 
+@pytest.fixture(autouse=True)
+def _same_weights():
+    torch.manual_seed(0)
+
+
 def _transformers():
     if transformers is None:
         pytest.skip("transformers is not installed")
@@ -65,6 +70,8 @@ def small(preset: str) -> VLPModel:
 
 def assert_equal_outputs(ours: VLPModel, image: torch.Tensor, text: torch.Tensor, packed) -> None:
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    # Different inputs have different embeddings, else equality would say little.
+    assert min((image[0] - image[1]).norm(), (text[0] - text[1]).norm()) > 0.02
     close(ours.encode_image(some_images(ours.config.image_size)).embedding, image)
     close(ours.encode_text(packed).embedding, text)
 
@@ -176,7 +183,15 @@ def transformers_align(model: VLPModel) -> torch.nn.Module:
         },
         vision_config={"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 320},
     )
-    return shaken(library.AlignModel(config))
+    peer = shaken(library.AlignModel(config))
+    # With its own small weights and empty BatchNorms no image would reach the last layer.
+    for module in peer.vision_model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    peer.train().vision_model(pixels_of(some_images(64), model))
+    return peer.eval()
 
 
 def small_align() -> VLPModel:
@@ -318,6 +333,9 @@ def test_nothing_is_dropped_silently():
         ValueError, match=r"image_projection.weight is \(5, 192\), expected \(128, 192\)"
     ):
         import_weights(ours, exported, "open_clip")
+    biased = create_model("clip", "tiny", vocab_size=VOCAB, projection_bias=True)
+    with pytest.raises(ValueError, match=r"without a place there: image_projection\.bias"):
+        import_weights(biased, export_weights(ours, "open_clip"), "open_clip")
     for name, value in ours.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 

@@ -1,5 +1,6 @@
 """Presets siglip, align and vse++: published sizes, and what their towers promise."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -146,3 +147,29 @@ def test_errors_name_what_is_wrong():
         ValueError, match=r"'vse\+\+' has no fusion tower; presets that have: 'albef'"
     ):
         create_model("vse++", vocab_size=9).image_keys(torch.zeros(1, 2, 192))
+    config = preset_config("vse++")
+    with pytest.raises(ValueError, match=r"word_dim of kind 'gru' must be > 0, got 0"):
+        replace(config, text=replace(config.text, word_dim=0))
+    with pytest.raises(ValueError, match=r"'gru' has neither fusion nor a token head"):
+        preset_config("vse++", mlm_head=True)
+    with pytest.raises(ValueError, match=r"of cnn 'small'.* must be 'mean', got 'first'"):
+        replace(config, vision=replace(config.vision, pool="first"))
+    with pytest.raises(ValueError, match=r"are for patches, not for vision\.front 'cnn'"):
+        replace(config, vision=replace(config.vision, patch_dropout=0.5))
+    siglip = preset_config("siglip")
+    with pytest.raises(ValueError, match=r"takes the class token: set vision\.class_token"):
+        replace(siglip, vision=replace(siglip.vision, pool="first"))
+
+
+def test_networks_of_timm_that_do_not_fit(monkeypatch):
+    timm()
+    config = preset_config("align", "base", vocab_size=9)
+    with pytest.raises(
+        ValueError, match=r"must be 'small', 'resnet50' or a model of timm, got 'b7'"
+    ):
+        VLPModel(replace(config, vision=replace(config.vision, cnn="b7")))
+    with pytest.raises(ValueError, match=r"vision\.dim must be 320 .*_b0', got 640"):
+        VLPModel(replace(config, vision=replace(config.vision, cnn="tf_efficientnet_b0")))
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(NotImplementedError, match="needs timm and the torchvision it imports"):
+        VLPModel(config)

@@ -10,6 +10,7 @@ from tests._batches import make_batch
 from vlpfast.models import create_model
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
 from vlpfast.objectives.losses import hinge
+from vlpfast.objectives.teacher import Teacher
 
 HINGE = ObjectivesConfig(itc=0.0, hinge=1.0)
 
@@ -144,3 +145,14 @@ def test_settings_that_do_not_fit():
         ObjectivesConfig(itc=0.0, hinge=1.0, hinge_margin=-1)
     with pytest.raises(ValueError, match="only itc and mlm learn from a teacher"):
         ObjectivesConfig(itc=0.0, hinge=1.0, momentum=0.9)
+
+
+def test_a_teacher_follows_batch_statistics():
+    model = torch.nn.BatchNorm1d(3)
+    teacher = Teacher(model, 0.9)
+    model(torch.randn(8, 3) + 5)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    teacher.update(model)
+    torch.testing.assert_close(teacher.model.running_mean, model.running_mean, rtol=0, atol=0)
+    torch.testing.assert_close(teacher.model.weight, torch.full((3,), 1.1))

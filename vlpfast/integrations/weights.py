@@ -5,7 +5,7 @@ What is called what in which library is in `layouts.py`; neither library is need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlpfast.models.config import ModelConfig
 from vlpfast.models.vlp import VLPModel
 
 
@@ -117,8 +116,7 @@ def convert(layout: Layout, source: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     if missing or foreign:
         raise ValueError(
             f"source is not a state dict of {layout.name} of this configuration: "
-            f"{_some('missing', missing)}{'; ' if missing and foreign else ''}"
-            f"{_some('without a place here', foreign)}"
+            + _lists(("missing", missing), ("without a place here", foreign))
         )
     state, used = {}, []
     for rule in layout.rules:
@@ -147,15 +145,15 @@ def import_weights(
     """
     if isinstance(source, str | Path):
         source = load_file(source)
-    state, report = convert(_layout(model.config, library), source)
+    state, report = convert(_layout(model, library), source)
     own = model.state_dict()
     wrong = [
         f"{name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
         for name, tensor in state.items()
-        if name in own and tensor.shape != own[name].shape
+        if tensor.shape != own[name].shape
     ]
     if wrong:
-        raise ValueError(f"weights of {report.layout} do not fit: {_some('shapes', wrong)}")
+        raise ValueError(f"weights of {report.layout} do not fit: {_lists(('shapes', wrong))}")
     model.load_state_dict(state)
     return report
 
@@ -176,29 +174,42 @@ def export_weights(
     """
     state = model.state_dict()
     out: dict[str, Tensor] = {}
-    for rule in _layout(model.config, library).rules:
+    for rule in _layout(model, library).rules:
         out |= rule.export(state)
     if path is not None:
         save_file(out, path, metadata={"format": "pt"})
     return out
 
 
-def _layout(config: ModelConfig, library: str) -> Layout:
+def _layout(model: VLPModel, library: str) -> Layout:
+    """The library's layout of the model's preset, which has a place for each of its tensors."""
     from vlpfast.integrations.layouts import LAYOUTS
 
-    known: Mapping[str, Mapping[str, Callable[[ModelConfig], Layout]]] = LAYOUTS
-    if library not in known:
-        raise ValueError(f"library must be one of {sorted(known)}, got {library!r}")
-    if config.preset not in known[library]:
+    config = model.config
+    if library not in LAYOUTS:
+        raise ValueError(f"library must be one of {sorted(LAYOUTS)}, got {library!r}")
+    if config.preset not in LAYOUTS[library]:
         raise ValueError(
-            f"{library} has no model of preset {config.preset!r}; it has {sorted(known[library])}"
+            f"{library} has no model of preset {config.preset!r}; it has {sorted(LAYOUTS[library])}"
         )
-    return known[library][config.preset](config)
+    layout = LAYOUTS[library][config.preset](config)
+    own, placed = model.state_dict().keys(), {name for rule in layout.rules for name in rule.ours}
+    if own != placed:
+        raise ValueError(
+            f"{layout.name} is not built as this model: "
+            + _lists(
+                ("without a place there", sorted(own - placed)),
+                ("missing here", sorted(placed - own)),
+            )
+        )
+    return layout
 
 
-def _some(what: str, names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    if not names:
-        return ""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{what}: {', '.join(names[:most])}{more}"
+def _lists(*lists: tuple[str, list[str]], most: int = 8) -> str:
+    """ "what: name, name; what: name", of at most so many names each."""
+    return "; ".join(
+        f"{what}: {', '.join(names[:most])}"
+        + (f" and {len(names) - most} more" if len(names) > most else "")
+        for what, names in lists
+        if names
+    )

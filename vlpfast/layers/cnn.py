@@ -70,6 +70,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            elif isinstance(module, nn.GroupNorm):
+                module.reset_parameters()
 
 
 class TimmBackbone(nn.Module):

@@ -215,6 +215,7 @@ class ModelConfig:
                     f"got {self.embed_dim}"
                 )
         self._check_vision()
+        self._check_text()
 
     def _check_vision(self) -> None:
         vision = self.vision
@@ -227,6 +228,22 @@ class ModelConfig:
             )
         if vision.front == "patches" and vision.pool == "first" and not vision.class_token:
             raise ValueError("vision.pool 'first' takes the class token: set vision.class_token")
+        own = vision.cnn in ("small", "resnet50")
+        if vision.front == "cnn" and own and vision.pool != "mean":
+            raise ValueError(
+                f"vision.pool of cnn {vision.cnn!r}, which has no classifier, must be 'mean', "
+                f"got {vision.pool!r}"
+            )
+
+    def _check_text(self) -> None:
+        text = self.text
+        if text.kind == "gru" and text.word_dim < 1:
+            raise ValueError(f"text.word_dim of kind 'gru' must be > 0, got {text.word_dim}")
+        if text.kind == "gru" and (self.mlm_head or self.fusion.depth):
+            raise ValueError(
+                "text.kind 'gru' has neither fusion nor a token head: its states see earlier words "
+                "only, and its words are narrower than its states"
+            )
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -30,10 +30,14 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, model: VLPModel) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * model, all parameters at once."""
+        """teacher = momentum * teacher + (1 - momentum) * model, all parameters at once; buffers
+        (a BatchNorm's statistics are averages already) become the model's.
+        """
         torch._foreach_lerp_(
             list(self.model.parameters()), list(model.parameters()), 1 - self.momentum
         )
+        for own, other in zip(self.model.buffers(), model.buffers(), strict=True):
+            own.copy_(other)
 
 
 class FeatureQueue(nn.Module):
