@@ -1,0 +1,72 @@
+"""The systems of the field as configurations of one model, a file for each way text and image meet.
+
+`base` has the published sizes; `tiny` and `small` train on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+from vlpfast.config import close_match
+from vlpfast.models.config import ModelConfig
+from vlpfast.models.presets import concat, cross, dual
+
+_PRESETS: dict[str, Callable[[str], ModelConfig]] = {
+    "albef": cross.albef,
+    "align": dual.align,
+    "clip": dual.clip,
+    "flip": dual.flip,
+    "pixel-bert": concat.pixel_bert,
+    "siglip": dual.siglip,
+    "uniter": concat.uniter,
+    "vilt": concat.vilt,
+    "vse++": dual.vsepp,
+}
+SIZES = ("tiny", "small", "base")
+
+
+def missing(preset: str, part: str) -> str:
+    """What an error says where a preset lacks one of `ModelConfig.parts`."""
+    having = [name for name in list_presets() if part in preset_config(name).parts]
+    bare = part.removeprefix("a ")
+    return f"preset {preset!r} has no {bare}; presets that have: {', '.join(map(repr, having))}"
+
+
+def list_presets() -> list[str]:
+    """Names accepted by `create_model` and `preset_config`."""
+    return sorted(_PRESETS)
+
+
+def preset_config(
+    preset: str,
+    size: str = "tiny",
+    *,
+    vocab_size: int | None = None,
+    context_length: int | None = None,
+    **overrides,
+) -> ModelConfig:
+    """The configuration of a preset.
+
+    Args:
+        preset: one of `list_presets()`.
+        size: "tiny", "small" or "base".
+        vocab_size, context_length: of the text tower, where they differ from the preset's.
+        **overrides: other fields of `ModelConfig`.
+
+    Raises:
+        ValueError: unknown preset, size or field.
+    """
+    if preset not in _PRESETS:
+        raise ValueError(f"unknown preset {preset!r}{close_match(preset, list_presets())}")
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {list(SIZES)}, got {size!r}")
+    known = [f.name for f in fields(ModelConfig)]
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        raise ValueError(f"unknown model field {unknown[0]!r}{close_match(unknown[0], known)}")
+    config = replace(_PRESETS[preset](size), **overrides)
+    text = {"vocab_size": vocab_size, "context_length": context_length}
+    return replace(
+        config, text=replace(config.text, **{k: v for k, v in text.items() if v is not None})
+    )
