@@ -5,6 +5,7 @@ gradients, teacher and queue over several steps, on the negatives that PretrainS
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests._batches import make_batch
 from vlpfast.data.batch import Batch
 from vlpfast.models import VLPModel, preset_config
 from vlpfast.models.config import ModelConfig
-from vlpfast.objectives import ObjectivesConfig, PretrainStep
+from vlpfast.objectives import ObjectivesConfig, PretrainStep, contrast
 from vlpfast.objectives.step import StepOutput
 
 OBJECTIVES = ObjectivesConfig(itc=1.0, itm=1.0, mlm=1.0, momentum=0.9, queue_size=8, alpha=0.4)
@@ -55,17 +56,14 @@ def pair(config: ModelConfig, dtype: torch.dtype) -> tuple[PretrainStep, AlbefEa
 
 def run_step(step: PretrainStep, batch: Batch, number: int) -> tuple[StepOutput, tuple]:
     """The step's output and the negatives it drew."""
-    drawn, contrast = [], step._contrast
+    drawn, itc = [], contrast.itc
 
     def recorded(*args: object) -> object:
-        drawn.append(contrast(*args))
+        drawn.append(itc(*args))
         return drawn[-1]
 
-    step._contrast = recorded
-    try:
+    with mock.patch.object(contrast, "itc", recorded):
         out = step(batch, seed=number, step=number)
-    finally:
-        step._contrast = contrast
     return out, drawn[0][1:]
 
 

@@ -13,6 +13,7 @@ from tests._batches import make_batch
 from vlpfast import ops
 from vlpfast.models import create_model
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
+from vlpfast.objectives.matching import mixed_images
 from vlpfast.objectives.plan import Plan, Rows
 from vlpfast.objectives.regions import alignment_loss
 from vlpfast.ragged import Ragged
@@ -49,7 +50,7 @@ def test_every_parameter_gets_a_gradient():
 def test_losses_are_those_of_rows_alone():
     step, batch = vilt_step(image_size=16).eval(), make_batch()
     out = step(batch, seed=0, step=0)
-    model, mixed = step.model, step._mixed_images(batch)
+    model, mixed = step.model, mixed_images(batch, step.seed)
     keys = model.image_keys(model.encode_image(batch.images).tokens)
     itm = wra = mlm = 0.0
     first = 0
@@ -73,15 +74,15 @@ def test_losses_are_those_of_rows_alone():
 
 def test_half_of_the_pairs_get_another_image_whatever_the_batch_split():
     step, batch = vilt_step(), make_batch(400, image_size=16)
-    mixed = step._mixed_images(batch)
+    mixed = mixed_images(batch, step.seed)
     own = torch.arange(400)
     # Three standard deviations of a fair coin.
     assert abs(int((mixed != own).sum()) - 200) < 30
     others = (mixed - own)[mixed != own] % 400
     assert len(others.unique()) > 100
-    again = step._mixed_images(replace(batch, text=batch.text))
+    again = mixed_images(replace(batch, text=batch.text), step.seed)
     assert mixed.equal(again)
-    half = step._mixed_images(replace(batch, images=batch.images[:200], positions=own[:200]))
+    half = mixed_images(replace(batch, images=batch.images[:200], positions=own[:200]), step.seed)
     assert ((half != own[:200]) == (mixed != own)[:200]).all()
 
 
@@ -100,7 +101,7 @@ def test_one_pair_has_no_other_image():
     step = vilt_step(image_size=16).train()
     out = step(make_batch(1), seed=0, step=0)
     assert all(total.isfinite() for total, _ in out.losses.values())
-    assert step._mixed_images(make_batch(1)).tolist() == [0]
+    assert mixed_images(make_batch(1), step.seed).tolist() == [0]
 
 
 @pytest.mark.parametrize("tokens", ["all", "inner"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests._batches import make_batch
 from vlpfast.models import create_model
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
-from vlpfast.objectives.losses import hinge
+from vlpfast.objectives.contrast import gathered_hinge as hinge
 from vlpfast.objectives.teacher import Teacher
 
 HINGE = ObjectivesConfig(itc=0.0, hinge=1.0)

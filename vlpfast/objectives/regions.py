@@ -8,13 +8,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlpfast.objectives.losses import Loss
+from vlpfast.objectives.matching import matched_pairs
+from vlpfast.objectives.passes import Loss, Passes
+from vlpfast.objectives.plan import Rows
 from vlpfast.ops.transport import wra_loss
 from vlpfast.ragged import Ragged
 
 AlignedTokens = Literal["all", "inner"]
 # Of a detector's classes.
 BACKGROUND = 0
+
+
+def wra(passes: Passes) -> Loss:
+    """Word-region alignment of the rows of random matching."""
+    matched = matched_pairs(passes)
+    rows = passes.plan.sequences(Rows.MIXED, len(passes.batch), matched.device)
+    text, image = passes.fused.text.select(rows), passes.fused.image.select(rows)
+    return alignment_loss(text, image, matched, passes.config.wra_tokens)
+
+
+def mrfr(passes: Passes) -> Loss:
+    """Masked region feature regression."""
+    hidden, tokens = _hidden(passes)
+    target = passes.batch.masked_regions.features.values[hidden]
+    predicted = passes.model.region_features(tokens)
+    return feature_loss(predicted, target, passes.config.mrm_reduction)
+
+
+def mrc(passes: Passes) -> Loss:
+    """Masked region classification."""
+    return class_loss(*_hidden_classes(passes))
+
+
+def mrckl(passes: Passes) -> Loss:
+    """Masked region classification with KL."""
+    return class_divergence(*_hidden_classes(passes), passes.config.mrm_reduction)
+
+
+def _hidden(passes: Passes) -> tuple[Tensor, Tensor]:
+    """Packed indices (n,) of the hidden regions, and their fused tokens (n, D)."""
+    hidden, fused = passes.batch.masked_regions.hidden.nonzero().squeeze(1), passes.fused.image
+    first = passes.plan.first_sequence(Rows.MASKED_IMAGE, len(passes.batch))
+    return hidden, fused.values[fused.cu_seqlens[first] + hidden]
+
+
+def _hidden_classes(passes: Passes) -> tuple[Tensor, Tensor]:
+    """Predicted logits (n, C) and the detector's distributions (n, C) of the hidden regions."""
+    labels = passes.batch.masked_regions.labels
+    if labels is None:
+        raise ValueError(
+            "objectives.mrc and objectives.mrckl need the detector's class distributions, "
+            "and the regions have no labels; mrfr needs none"
+        )
+    hidden, tokens = _hidden(passes)
+    return passes.model.region_logits(tokens), labels[hidden]
 
 
 def aligned_masks(
