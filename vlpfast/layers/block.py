@@ -62,12 +62,17 @@ class ResidualNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one projection for queries, keys and values."""
+    """Multi-head self-attention with one projection for queries, keys and values;
+    `sub_norm_eps` as in `Mlp`.
+    """
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, heads: int, dropout: float = 0.0, sub_norm_eps: float | None = None
+    ) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm = None if sub_norm_eps is None else ResidualNorm(dim, sub_norm_eps)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, layout: Layout, seed: int = 0) -> Tensor:
@@ -85,7 +90,8 @@ class SelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             seed=seed,
         )
-        return self.out(mixed.flatten(-2))
+        mixed = mixed.flatten(-2)
+        return self.out(mixed if self.norm is None else self.norm(mixed)[0])
 
 
 class CrossAttention(nn.Module):
@@ -114,17 +120,24 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, bias + GELU, Linear."""
+    """Linear, bias + GELU, Linear; with `sub_norm_eps` a LayerNorm before the last (Sub-LN).
 
-    def __init__(self, dim: int, hidden: int, activation: str) -> None:
+    Source of Sub-LN: Wang et al. 2022 (Magneto), section 3.1, arXiv:2210.06423.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, activation: str, sub_norm_eps: float | None = None
+    ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
+        self.norm = None if sub_norm_eps is None else ResidualNorm(hidden, sub_norm_eps)
         self.fc2 = nn.Linear(hidden, dim)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.linear(x, self.fc1.weight)
-        return self.fc2(bias_gelu(hidden, self.fc1.bias, kind=self.activation))
+        hidden = bias_gelu(hidden, self.fc1.bias, kind=self.activation)
+        return self.fc2(hidden if self.norm is None else self.norm(hidden)[0])
 
 
 class Block(nn.Module):
@@ -150,11 +163,12 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.post_norm = norm == "post"
-        self.attention = SelfAttention(dim, heads, attention_dropout)
+        sub_norm_eps = norm_eps if norm == "sub" else None
+        self.attention = SelfAttention(dim, heads, attention_dropout, sub_norm_eps)
         self.norm1 = ResidualNorm(dim, norm_eps, dropout)
         self.cross = CrossAttention(dim, heads, attention_dropout) if cross else None
         self.norm_cross = ResidualNorm(dim, norm_eps, dropout) if cross else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation, sub_norm_eps)
         self.norm2 = ResidualNorm(dim, norm_eps, dropout)
 
     def forward(

@@ -20,7 +20,8 @@ class StackConfig:
         dim, depth, heads: width, number of blocks (0: the stack is absent), attention heads.
         mlp_ratio: hidden width of the MLP over `dim`.
         norm: "pre" normalises before each branch (ViT, CLIP), "post" after each residual sum
-            (BERT).
+            (BERT), "sub" as "pre" and once more inside of each branch, before its last projection
+            (Magneto, BEiT-3).
         norm_eps: epsilon of every LayerNorm of the stack.
         activation: "gelu" (exact) or "quick_gelu", x * sigmoid(1.702 x) (OpenAI's CLIP).
         dropout: probability after embeddings, attention projections and MLPs; `attention_dropout`
@@ -31,7 +32,7 @@ class StackConfig:
     depth: int
     heads: int
     mlp_ratio: float = 4.0
-    norm: Literal["pre", "post"] = "pre"
+    norm: Literal["pre", "post", "sub"] = "pre"
     norm_eps: float = 1e-6
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     dropout: float = 0.0
@@ -129,11 +130,18 @@ class FusionConfig(StackConfig):
             over text and image tokens in one sequence (UNITER, ViLT).
         modality_types: a learned vector is added to each text token, another to each image token.
         pooler: the matching head reads tanh(linear(first token)) (BERT).
+        experts: of "concat": "shared" serves both modalities by the same blocks; "mome" has an MLP
+            for each (VLMo), "multiway" all but the attention's product (BEiT-3).
+        joint_experts: of "mome", the last so many layers have an MLP for both where they meet.
+        order: what is first in a sequence.
     """
 
     kind: Literal["cross", "concat"] = "cross"
     modality_types: bool = False
     pooler: bool = False
+    experts: Literal["shared", "mome", "multiway"] = "shared"
+    joint_experts: int = 0
+    order: Literal["text", "image"] = "text"
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,10 @@ class ModelConfig:
         logit_bias, logit_bias_init: whether a bias is added to the multiplied similarities, and its
             first value (SigLIP).
         vision, text, fusion: the stacks; `fusion.depth` 0 is a dual-tower model.
-        mlm_head: whether the model predicts tokens (BERT's transform with the token table tied).
+        mlm_head: whether the model predicts tokens.
+        mlm_transform, mlm_tied: whether that head has BERT's transform, and whether its weight is
+            the token table.
+        match_head: whether a model with fusion tells pairs that match from others.
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
     """
@@ -169,6 +180,9 @@ class ModelConfig:
     text: TextConfig
     fusion: FusionConfig = field(default_factory=lambda: FusionConfig(dim=0, depth=0, heads=1))
     mlm_head: bool = False
+    mlm_transform: bool = True
+    mlm_tied: bool = True
+    match_head: bool = True
     region_heads: bool = False
     projection_bias: bool = False
     image_projection: bool = True
@@ -214,8 +228,24 @@ class ModelConfig:
                     f"embed_dim must be the {name} tower's width {dim}, which is not projected, "
                     f"got {self.embed_dim}"
                 )
+        self._check_fusion()
         self._check_vision()
         self._check_text()
+
+    def _check_fusion(self) -> None:
+        fusion = self.fusion
+        if fusion.experts == "shared":
+            if fusion.joint_experts or fusion.order == "image":
+                raise ValueError(
+                    "fusion.joint_experts and fusion.order 'image' need fusion.experts 'mome' or "
+                    "'multiway', got 'shared'"
+                )
+            return
+        if fusion.kind != "concat" or fusion.norm == "post":
+            raise ValueError(
+                f"fusion.experts {fusion.experts!r} needs fusion.kind 'concat' and fusion.norm "
+                f"'pre' or 'sub', got {fusion.kind!r} and {fusion.norm!r}"
+            )
 
     def _check_vision(self) -> None:
         vision = self.vision
@@ -253,11 +283,18 @@ class ModelConfig:
             "a learned scale": self.embed_dim > 0 and self.scale != "none",
             "a learned bias": self.logit_bias,
             "a fusion tower": self.fusion.depth > 0,
-            "fused image tokens": self.fusion.depth > 0 and self.fusion.kind == "concat",
+            "a matching head": self.fusion.depth > 0 and self.match_head,
+            "fused image tokens": self.one_stack,
+            "one stack for both": self.one_stack,
             "a token head": self.mlm_head,
             "region heads": self.region_heads,
         }
         return tuple(part for part, present in has.items() if present)
+
+    @property
+    def one_stack(self) -> bool:
+        """Whether text and image tokens go through the same blocks."""
+        return self.fusion.depth > 0 and self.fusion.kind == "concat"
 
     @property
     def num_patches(self) -> int:

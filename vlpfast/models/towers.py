@@ -5,8 +5,10 @@ Each takes tokens in and gives tokens out; heads and losses are elsewhere.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,9 @@ from vlpfast.models.outputs import FusedOutput
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
+
+# Of the names of parameters, which expert has them.
+_EXPERT = re.compile(r"\.(text|image|joint)(?=\.)")
 
 
 def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
@@ -41,7 +46,7 @@ def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
 
 
 def _final_norm(config: StackConfig) -> ResidualNorm | None:
-    if config.norm != "pre" or not config.depth:
+    if config.norm == "post" or not config.depth:
         return None
     return ResidualNorm(config.dim, config.norm_eps, config.dropout)
 
@@ -197,6 +202,17 @@ class ConcatTower(nn.Module):
             return image_tokens
         return Ragged.from_dense(image_tokens)
 
+    def alone(self, part: Ragged, modality: Literal["text", "image"], seed: int = 0) -> Ragged:
+        """The stack over texts alone or images alone (R, packed tokens): rows whose other part is
+        empty.
+        """
+        size, nothing = len(part), Ragged.empty(part.values)
+        if modality == "text":
+            first = torch.zeros(size, dtype=torch.int64, device=part.cu_seqlens.device)
+            return self(part, nothing, first, seed).text
+        own = torch.arange(size, device=part.cu_seqlens.device)
+        return self(nothing.select(own * 0), part, own, seed).image
+
     def forward(
         self,
         text: Ragged,
@@ -244,13 +260,14 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
     BERT.
 
     Source: Radford et al. 2021, section 2.5 and open_clip transformer.py `init_parameters`; Devlin
-    et al. 2019.
+    et al. 2019; for "sub" see `_init_sub_norm`.
     """
     post = config.norm == "post"
     attention_std = 0.02 if post else config.dim**-0.5
     output_std = 0.02 if post else (2 * max(config.depth, 1) * config.dim) ** -0.5
     hidden_std = 0.02 if post else (2 * config.dim) ** -0.5
-    for name, parameter in tower.named_parameters():
+    for full_name, parameter in tower.named_parameters():
+        name = _EXPERT.sub("", full_name)
         if name.endswith(("qkv.weight", "q.weight", "kv.weight")):
             nn.init.normal_(parameter, std=attention_std)
         elif name.endswith(("out.weight", "fc2.weight")):
@@ -271,3 +288,18 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
             nn.init.normal_(parameter, std=0.02 if post else parameter.shape[-1] ** -0.5)
         elif name.endswith(".bias"):
             nn.init.zeros_(parameter)
+        if config.norm == "sub":
+            _init_sub_norm(name, parameter, config)
+
+
+def _init_sub_norm(name: str, parameter: Tensor, config: StackConfig) -> None:
+    """Xavier's weights, those of values, outputs and MLPs times sqrt(log(2 * depth)).
+
+    Source: Wang et al. 2022 (Magneto), figure 2, arXiv:2210.06423.
+    """
+    gain = math.log(2 * max(config.depth, 1)) ** 0.5
+    if name.endswith(("out.weight", "fc1.weight", "fc2.weight")):
+        nn.init.xavier_normal_(parameter, gain)
+    elif name.endswith("qkv.weight"):
+        # Queries and keys keep dim ** -0.5, which is Xavier's.
+        parameter[2 * config.dim :].mul_(gain)

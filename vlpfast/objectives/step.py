@@ -23,6 +23,7 @@ from vlpfast.ops.seed import fold_seed
 _AFTER_FUSION = {
     "wra": regions.wra,
     "mlm": language.mlm,
+    "mtm": language.mtm,
     "mrfr": regions.mrfr,
     "mrc": regions.mrc,
     "mrckl": regions.mrckl,
@@ -87,7 +88,8 @@ class PretrainStep(nn.Module):
         """Losses of one batch.
 
         Args:
-            batch: with `masked_text` and `mlm_labels` where MLM is enabled, with `regions` where
+            batch: with `masked_text` and `mlm_labels` where MLM is enabled, `masked_alone` and
+                `alone_labels` where masked text modelling is, with `regions` where
                 the model reads them, and `masked_regions` where hidden ones are predicted.
             seed: keys dropout and hard negatives; the caller varies it by step and rank.
             step: optimizer step, for the ramp of alpha, the end of patch dropping and the choice of
