@@ -47,7 +47,9 @@ class PatchEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         self.class_token = nn.Parameter(torch.zeros(dim)) if class_token else None
         first = int(class_token)
-        if position == "learned":
+        if position == "none":
+            self.position = None
+        elif position == "learned":
             self.position = nn.Parameter(torch.empty(first + side * side, dim))
         else:
             self.register_buffer(
@@ -58,11 +60,15 @@ class PatchEmbedding(nn.Module):
         """images (B, H, W, 3) uint8, keep_ids (B, K) int64 or None -> (B, 1 + K, dim), or
         (B, K, dim) without a class token.
         """
+        places, first = self.position, 0
+        if self.class_token is not None:
+            first = 0 if places is None else places[0]
+            places = None if places is None else places[1:]
         patches = patch_embed(
             images,
             self.weight,
             self.bias,
-            self.position if self.class_token is None else self.position[1:],
+            places,
             keep_ids,
             patch_size=self.patch_size,
             mean=self.mean,
@@ -70,7 +76,7 @@ class PatchEmbedding(nn.Module):
         )
         if self.class_token is None:
             return patches
-        class_token = (self.class_token + self.position[0]).to(patches.dtype)
+        class_token = (self.class_token + first).to(patches.dtype)
         return torch.cat([class_token.expand(patches.shape[0], 1, -1), patches], dim=1)
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vlpfast.layers.block import Layout, Mlp, ResidualNorm
+from vlpfast.layers.block import Layout, Mlp, ResidualNorm, last_linear
 from vlpfast.ops.attention import attention
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
@@ -127,6 +127,7 @@ class ExpertAttention(nn.Module):
         *,
         split: bool,
         dropout: float = 0.0,
+        layer_scale: float = 0.0,
         sub_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
@@ -135,7 +136,7 @@ class ExpertAttention(nn.Module):
         self.norm = (
             None if sub_norm_eps is None else _part(lambda: ResidualNorm(dim, sub_norm_eps), split)
         )
-        self.out = _part(lambda: nn.Linear(dim, dim), split)
+        self.out = _part(lambda: last_linear(dim, dim, layer_scale), split)
 
     def forward(self, x: Streams, layout: PairLayout, seed: int = 0) -> Streams:
         projected = {name: expert(self.qkv, name, layout)(tokens) for name, tokens in x.items()}
@@ -151,6 +152,7 @@ class ExpertAttention(nn.Module):
             max_k=sequences.max_len,
             q_block=sequences.blocks,
             k_block=sequences.blocks,
+            bias=sequences.bias,
             dropout_p=self.dropout if self.training else 0.0,
             seed=seed,
         )
@@ -186,15 +188,22 @@ class ExpertBlock(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         joint: bool = False,
+        layer_scale: float = 0.0,
     ) -> None:
         super().__init__()
         multiway, sub_norm_eps = experts == "multiway", norm_eps if norm == "sub" else None
         self.attention = ExpertAttention(
-            dim, heads, split=multiway, dropout=attention_dropout, sub_norm_eps=sub_norm_eps
+            dim,
+            heads,
+            split=multiway,
+            dropout=attention_dropout,
+            layer_scale=layer_scale,
+            sub_norm_eps=sub_norm_eps,
         )
         self.norm1 = _part(lambda: ResidualNorm(dim, norm_eps, dropout), multiway)
         self.mlp = Experts(
-            lambda: Mlp(dim, int(dim * mlp_ratio), activation, sub_norm_eps), joint=joint
+            lambda: Mlp(dim, int(dim * mlp_ratio), activation, layer_scale, sub_norm_eps),
+            joint=joint,
         )
         self.norm2 = Experts(lambda: ResidualNorm(dim, norm_eps, dropout), joint=joint)
 

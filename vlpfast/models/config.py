@@ -26,6 +26,8 @@ class StackConfig:
         activation: "gelu" (exact) or "quick_gelu", x * sigmoid(1.702 x) (OpenAI's CLIP).
         dropout: probability after embeddings, attention projections and MLPs; `attention_dropout`
             on attention weights.
+        layer_scale: first value of a learned factor of each channel of each branch (LayerScale);
+            0: none.
     """
 
     dim: int
@@ -37,6 +39,7 @@ class StackConfig:
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    layer_scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ class VisionConfig(StackConfig):
         cnn: the network of "grid" and "cnn": "small", "resnet50", or a name of timm's.
         region_dim, region_classes: width of the regions' features, and classes of their detector.
         embed_norm: LayerNorm between the embeddings and the first block (CLIP's `pre_layrnorm`).
-        position: "learned", or fixed 2-D "sincos" (FLIP, MAE).
+        position: "learned", fixed 2-D "sincos" (FLIP, MAE), or "none" (BEiT, with relative_bias).
+        relative_bias: a learned bias of attention for each head and displacement between patches
+            and class token: "shared" by all layers (BEiT's pre-training), or each "layer" has its
+            own; of "patches", where none are dropped.
         class_token: whether a learned token stands before the patches (SigLIP has none).
         pool: "first" takes the class token, "mean" averages all tokens (FLIP), "map" lets a learned
             query attend to them (SigLIP). Of a CNN, "mean" pools the last feature map (ALIGN) and
@@ -72,7 +78,8 @@ class VisionConfig(StackConfig):
     patch_size: int = 16
     patch_bias: bool = True
     embed_norm: bool = False
-    position: Literal["learned", "sincos"] = "learned"
+    position: Literal["learned", "sincos", "none"] = "learned"
+    relative_bias: Literal["none", "shared", "layer"] = "none"
     class_token: bool = True
     pool: Literal["first", "mean", "map"] = "first"
     unit_features: bool = False
@@ -249,6 +256,14 @@ class ModelConfig:
 
     def _check_vision(self) -> None:
         vision = self.vision
+        windowed = vision.front == "patches" and vision.class_token
+        if vision.relative_bias != "none" and (
+            not windowed or vision.patch_dropout or vision.max_patches
+        ):
+            raise ValueError(
+                "vision.relative_bias is for a class token and all patches of a square: "
+                "vision.front 'patches' with class_token, without patch_dropout and max_patches"
+            )
         if vision.keep_multiple < 1:
             raise ValueError(f"vision.keep_multiple must be >= 1, got {vision.keep_multiple}")
         if vision.front == "cnn" and (vision.pool == "map" or vision.patch_dropout):

@@ -39,6 +39,7 @@ class ExpertTower(nn.Module):
                 activation=config.activation,
                 dropout=config.dropout,
                 attention_dropout=config.attention_dropout,
+                layer_scale=config.layer_scale,
                 joint=number >= config.depth - config.joint_experts,
             )
             for number in range(config.depth)

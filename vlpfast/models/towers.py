@@ -17,6 +17,7 @@ from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
 from vlpfast.layers.embedding import PatchEmbedding, TokenEmbedding
 from vlpfast.layers.grid import GridEmbedding
 from vlpfast.layers.pooler import MapPooler
+from vlpfast.layers.position_bias import RelativeBias, window_displacements
 from vlpfast.layers.region import RegionEmbedding
 from vlpfast.models.config import FusionConfig, ModelConfig, StackConfig, TextConfig, VisionConfig
 from vlpfast.models.outputs import FusedOutput
@@ -40,6 +41,7 @@ def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
             dropout=config.dropout,
             attention_dropout=config.attention_dropout,
             cross=cross,
+            layer_scale=config.layer_scale,
         )
         for _ in range(config.depth)
     )
@@ -55,6 +57,15 @@ def _finish(
     norm: ResidualNorm | None, branch: Tensor | None, residual: Tensor, seed: int
 ) -> Tensor:
     return residual if norm is None else norm(branch, residual, fold_seed(seed, -1))[0]
+
+
+def _relative_bias(config: VisionConfig, model: ModelConfig) -> RelativeBias | None:
+    if config.relative_bias == "none":
+        return None
+    window = window_displacements(model.image_size // config.patch_size)
+    return RelativeBias(
+        config.heads, *window, config.depth if config.relative_bias == "layer" else 1
+    )
 
 
 def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
@@ -83,6 +94,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.embedding = _front_end(config, model)
         self.embed_norm = ResidualNorm(config.dim, config.norm_eps) if config.embed_norm else None
+        self.relative_bias = _relative_bias(config, model)
         self.blocks = _blocks(config)
         self.norm = _final_norm(config)
         self.pooler = (
@@ -101,16 +113,28 @@ class VisionTower(nn.Module):
     def forward(
         self, images: Tensor | Regions, keep_ids: Tensor | None = None, seed: int = 0
     ) -> Tensor | Ragged:
+        if self.relative_bias is not None and keep_ids is not None:
+            raise ValueError("keep_ids drops patches, and the relative bias is of all of them")
         tokens = self.embedding(images, keep_ids)
         packed = tokens if isinstance(tokens, Ragged) else None
         branch, residual = None, tokens if packed is None else packed.values
         if self.embed_norm is not None:
             residual, _ = self.embed_norm(residual)
         layout = Layout() if packed is None else Layout(packed.cu_seqlens, packed.max_len)
-        for number, block in enumerate(self.blocks):
-            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
+        for number, (block, here) in enumerate(
+            zip(self.blocks, self._layouts(layout), strict=True)
+        ):
+            branch, residual = block(branch, residual, here, seed=fold_seed(seed, number))
         out = _finish(self.norm, branch, residual, seed)
         return out if packed is None else packed.with_values(out)
+
+    def _layouts(self, layout: Layout) -> list[Layout]:
+        """`layout` with each layer's bias."""
+        if self.relative_bias is None:
+            return [layout] * len(self.blocks)
+        biases = self.relative_bias().unbind()
+        biases *= len(self.blocks) // len(biases)
+        return [replace(layout, bias=bias) for bias in biases]
 
     def pool(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, D), as `VisionConfig.pool` says."""
