@@ -80,9 +80,13 @@ class PretrainStep(nn.Module):
     @property
     def has_idle_parameters(self) -> bool:
         """Whether a step may leave parameters without a gradient: it trains one of several
-        objectives.
+        objectives, texts alone, or experts for image tokens whose last states nothing reads.
         """
-        return bool(self.config.mix)
+        plan, fusion = Plan.of(self.config), self.model.config.fusion
+        reads_images = plan.contrast or plan.masked_image
+        texts_alone = set(plan.fusion) == {Rows.MASKED_TEXT_ALONE}
+        unread = not reads_images and (texts_alone or fusion.experts != "shared")
+        return bool(self.config.mix) or unread
 
     def forward(self, batch: Batch, *, seed: int, step: int) -> StepOutput:
         """Losses of one batch.
