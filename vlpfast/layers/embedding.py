@@ -91,10 +91,13 @@ class TokenEmbedding(nn.Module):
         context_length: int,
         token_types: int,
         norm_eps: float | None,
+        position: str = "learned",
     ) -> None:
         super().__init__()
+        self.context_length = context_length
         self.token = nn.Parameter(torch.empty(vocab_size, dim))
-        self.position = nn.Parameter(torch.empty(context_length, dim))
+        learned = position == "learned"
+        self.position = nn.Parameter(torch.empty(context_length, dim)) if learned else None
         self.token_type = nn.Parameter(torch.empty(token_types, dim)) if token_types else None
         self.norm = ResidualNorm(dim, norm_eps) if norm_eps is not None else None
 
@@ -102,13 +105,15 @@ class TokenEmbedding(nn.Module):
         """Packed ids (T,) -> (T, dim).
 
         Raises:
-            ValueError: a sequence may be longer than the position table.
+            ValueError: a sequence may be longer than `context_length`.
         """
-        if text.max_len > self.position.shape[0]:
+        if text.max_len > self.context_length:
             raise ValueError(
-                f"text must have at most {self.position.shape[0]} tokens, got {text.max_len}"
+                f"text must have at most {self.context_length} tokens, got {text.max_len}"
             )
-        x = nn.functional.embedding(text.values, self.token) + self.position[text.positions()]
+        x = nn.functional.embedding(text.values, self.token)
+        if self.position is not None:
+            x = x + self.position[text.positions()]
         if self.token_type is not None:
             x = x + self.token_type[0]
         return x if self.norm is None else self.norm(x)[0]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlpfast.layers.block import Layout, Mlp, ResidualNorm, last_linear
@@ -117,6 +118,18 @@ def expert_norm(
     return normed, summed
 
 
+class QueryValueLinear(nn.Linear):
+    """Queries, keys and values of which the keys have no bias: no softmax would see it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 3 * dim, bias=False)
+        self.query_value_bias = nn.Parameter(torch.zeros(2, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, value = self.query_value_bias
+        return F.linear(x, self.weight, torch.cat([query, torch.zeros_like(query), value]))
+
+
 class ExpertAttention(nn.Module):
     """Self-attention over the sequences of both streams, each of which may have its projections."""
 
@@ -126,13 +139,15 @@ class ExpertAttention(nn.Module):
         heads: int,
         *,
         split: bool,
+        key_bias: bool = True,
         dropout: float = 0.0,
         layer_scale: float = 0.0,
         sub_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = _part(lambda: nn.Linear(dim, 3 * dim), split)
+        qkv = (lambda: nn.Linear(dim, 3 * dim)) if key_bias else (lambda: QueryValueLinear(dim))
+        self.qkv = _part(qkv, split)
         self.norm = (
             None if sub_norm_eps is None else _part(lambda: ResidualNorm(dim, sub_norm_eps), split)
         )
@@ -189,6 +204,7 @@ class ExpertBlock(nn.Module):
         attention_dropout: float = 0.0,
         joint: bool = False,
         layer_scale: float = 0.0,
+        key_bias: bool = True,
     ) -> None:
         super().__init__()
         multiway, sub_norm_eps = experts == "multiway", norm_eps if norm == "sub" else None
@@ -196,6 +212,7 @@ class ExpertBlock(nn.Module):
             dim,
             heads,
             split=multiway,
+            key_bias=key_bias,
             dropout=attention_dropout,
             layer_scale=layer_scale,
             sub_norm_eps=sub_norm_eps,

@@ -28,6 +28,29 @@ def window_displacements(side: int) -> tuple[Tensor, int]:
     return index, kinds + 3
 
 
+def pair_displacements(side: int, length: int) -> tuple[Tensor, int]:
+    """Kinds of displacement within an image, a class token and a square of patches, followed by a
+    text of `length` tokens: (N, N) int64 with N = 1 + side * side + length, and how many there are.
+
+    First the image's (`window_displacements`), then text to image and image to text, then how far
+    text key n lies behind query m, n - m from 2 - length to length - 2, then the start token to
+    others, others to it, and it to itself.
+
+    Source: Bao et al. 2022 (VLMo), arXiv:2111.02358; microsoft/unilm vlmo/modules/vlmo_module.py
+    `build_relative_position_embed`, where text is first.
+    """
+    image, kinds = window_displacements(side)
+    place = torch.arange(length - 1)
+    first = kinds + 2
+    text = F.pad(place - place[:, None] + first + length - 2, (1, 0, 1, 0))
+    last = first + 2 * length - 3
+    text[0, :], text[:, 0], text[0, 0] = last, last + 1, last + 2
+    from_image = image.new_full((len(image), length), kinds + 1)
+    from_text = image.new_full((length, len(image)), kinds)
+    index = torch.cat([torch.cat([image, from_image], 1), torch.cat([from_text, text], 1)])
+    return index, last + 3
+
+
 class RelativeBias(nn.Module):
     """bias[l, h, m, n] = table[l, kind[m, n], h] for `ops.attention`, from zeros.
 
@@ -43,8 +66,10 @@ class RelativeBias(nn.Module):
         self.table = nn.Parameter(torch.zeros(layers, num_kinds, heads))
         self.register_buffer("index", index, persistent=False)
 
-    def forward(self) -> Tensor:
-        """(layers, H, M, N), all by one lookup: its gradient is summed in a fixed order."""
+    def forward(self, part: slice = slice(None)) -> Tensor:
+        """(layers, H, M, N), all by one lookup: its gradient is summed in a fixed order. `part` is
+        the places among which it is wanted.
+        """
         rows = self.table.transpose(0, 1).flatten(1)
-        bias = F.embedding(self.index, rows).movedim(2, 0)
+        bias = F.embedding(self.index[part, part], rows).movedim(2, 0)
         return bias.unflatten(0, (self.table.shape[0], -1)).contiguous()

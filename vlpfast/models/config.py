@@ -116,6 +116,7 @@ class TextConfig(StackConfig):
         pool: "first" takes the start token, "last" the end token.
         embed_norm: LayerNorm after the embeddings (BERT).
         token_types: rows of the token-type table; text uses row 0 (BERT has 2, CLIP none).
+        position: "learned", or "none", where the stack has a relative bias.
     """
 
     kind: Literal["transformer", "gru"] = "transformer"
@@ -126,6 +127,7 @@ class TextConfig(StackConfig):
     pool: Literal["first", "last"] = "last"
     embed_norm: bool = False
     token_types: int = 0
+    position: Literal["learned", "none"] = "learned"
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,12 @@ class FusionConfig(StackConfig):
         pooler: the matching head reads tanh(linear(first token)) (BERT).
         experts: of "concat": "shared" serves both modalities by the same blocks; "mome" has an MLP
             for each (VLMo), "multiway" all but the attention's product (BEiT-3).
-        joint_experts: of "mome", the last so many layers have an MLP for both where they meet.
-        order: what is first in a sequence.
+        joint_experts: the last so many layers have an MLP for both where they meet (VLMo).
+        order: what is first in a sequence of a stack with experts.
+        relative_bias: each layer has a learned bias of attention for each head and displacement
+            between patches, between words, and from one modality to the other (VLMo); needs all
+            patches of images, and order "image": a token's place is then its place in the sequence.
+        key_bias: whether the projection of keys has a bias, which no softmax sees.
     """
 
     kind: Literal["cross", "concat"] = "cross"
@@ -149,6 +155,8 @@ class FusionConfig(StackConfig):
     experts: Literal["shared", "mome", "multiway"] = "shared"
     joint_experts: int = 0
     order: Literal["text", "image"] = "text"
+    relative_bias: bool = False
+    key_bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -174,6 +182,8 @@ class ModelConfig:
         mlm_head: whether the model predicts tokens.
         mlm_transform, mlm_tied: whether that head has BERT's transform, and whether its weight is
             the token table.
+        joint_embedding: whether images and texts have a second embedding each, of the layers that
+            have experts for both modalities (VLMo).
         match_head: whether a model with fusion tells pairs that match from others.
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
@@ -189,6 +199,7 @@ class ModelConfig:
     mlm_head: bool = False
     mlm_transform: bool = True
     mlm_tied: bool = True
+    joint_embedding: bool = False
     match_head: bool = True
     region_heads: bool = False
     projection_bias: bool = False
@@ -240,14 +251,25 @@ class ModelConfig:
         self._check_text()
 
     def _check_fusion(self) -> None:
-        fusion = self.fusion
+        fusion, vision = self.fusion, self.vision
+        if self.joint_embedding and not (self.embed_dim and fusion.joint_experts):
+            raise ValueError("joint_embedding needs embed_dim > 0 and fusion.joint_experts > 0")
+        if self.joint_embedding and self.scale != "log":
+            raise ValueError(f"joint_embedding needs scale 'log', got {self.scale!r}")
         if fusion.experts == "shared":
-            if fusion.joint_experts or fusion.order == "image":
+            if fusion.joint_experts or fusion.relative_bias or fusion.order == "image":
                 raise ValueError(
-                    "fusion.joint_experts and fusion.order 'image' need fusion.experts 'mome' or "
-                    "'multiway', got 'shared'"
+                    "fusion.joint_experts, fusion.relative_bias and fusion.order 'image' need "
+                    "fusion.experts 'mome' or 'multiway', got 'shared'"
                 )
             return
+        drops = vision.patch_dropout or vision.max_patches or not vision.class_token
+        if fusion.relative_bias and (drops or vision.front != "patches" or fusion.order != "image"):
+            raise ValueError(
+                "fusion.relative_bias is of a class token and all patches of a square before the "
+                "text: vision.front 'patches' with class_token, without patch_dropout and "
+                "max_patches, and fusion.order 'image'"
+            )
         if fusion.kind != "concat" or fusion.norm == "post":
             raise ValueError(
                 f"fusion.experts {fusion.experts!r} needs fusion.kind 'concat' and fusion.norm "

@@ -154,6 +154,7 @@ class TextTower(nn.Module):
             context_length=config.context_length,
             token_types=config.token_types,
             norm_eps=config.norm_eps if config.embed_norm else None,
+            position=config.position,
         )
         self.causal = config.causal
         self.blocks = _blocks(config)

@@ -6,6 +6,7 @@ It holds no loss and knows no data set.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from vlpfast.layers.block import ResidualNorm
 from vlpfast.layers.region import RegionHeads
-from vlpfast.models.config import FusionConfig, ModelConfig
+from vlpfast.models.config import ModelConfig
 from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.experts import ExpertTower
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
@@ -59,6 +60,16 @@ class TokenHead(nn.Module):
         return hidden if self.dense is None else self.norm(F.gelu(self.dense(hidden)))[0]
 
 
+class JointHeads(nn.Module):
+    """The second pair of projections into a joint space, and its scale (VLMo)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.image = nn.Linear(config.fusion.dim, config.embed_dim, config.projection_bias)
+        self.text = nn.Linear(config.fusion.dim, config.embed_dim, config.projection_bias)
+        self.scale = nn.Parameter(torch.tensor(math.log(config.scale_init)))
+
+
 class VLPModel(nn.Module):
     """Vision tower, text tower, optional fusion tower, poolers and heads.
 
@@ -72,9 +83,10 @@ class VLPModel(nn.Module):
         vision, text, fusion = config.vision, config.text, config.fusion
         self.vision = (CnnTower if vision.front == "cnn" else VisionTower)(vision, config)
         self.text = (GruTower if text.kind == "gru" else TextTower)(text)
-        self.fusion = _fusion_tower(fusion, vision.dim)
+        self.fusion = _fusion_tower(config)
         self.image_projection = _projection(config, vision.dim, config.image_projection)
         self.text_projection = _projection(config, text.dim, config.text_projection)
+        self.joint_heads = JointHeads(config) if config.joint_embedding else None
         self.pooler = nn.Linear(fusion.dim, fusion.dim) if fusion.pooler else None
         matches = fusion.depth and config.match_head
         self.match_head = nn.Linear(fusion.dim, 2) if matches else None
@@ -120,6 +132,9 @@ class VLPModel(nn.Module):
         for projection in (self.image_projection, self.text_projection):
             if isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        if self.joint_heads is not None:
+            for projection in (self.joint_heads.image, self.joint_heads.text):
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         heads = (self.match_head, self.token_head, self.pooler, self.region_heads)
         for head in (m for part in heads if part is not None for m in part.modules()):
             if isinstance(head, nn.Linear):
@@ -161,6 +176,8 @@ class VLPModel(nn.Module):
             bounds = [1 / bound if bound > 0 else None for bound in (high, low)]
         if bounds != [None, None] and self.config.scale != "none":
             self.scale.clamp_(*bounds)
+            if self.joint_heads is not None:
+                self.joint_heads.scale.clamp_(*bounds)
 
     def encode_image(
         self,
@@ -192,10 +209,9 @@ class VLPModel(nn.Module):
         if self.image_projection is None or not embed:
             return ImageOutput(tokens, None)
         if self.config.one_stack:
-            alone = self.fusion.alone(self.fusion.image_keys(tokens), "image", fold_seed(seed, 1))
-            pooled = alone.values[alone.first()]
-        else:
-            pooled = self.vision.pool(tokens)
+            packed = self.fusion.image_keys(tokens)
+            return ImageOutput(tokens, *self._embed_alone(packed, "image", seed))
+        pooled = self.vision.pool(tokens)
         if self.config.vision.unit_features:
             pooled = _unit(pooled).to(pooled.dtype)
         return ImageOutput(tokens, _unit(self.image_projection(pooled)))
@@ -217,10 +233,24 @@ class VLPModel(nn.Module):
         if num_embedded is not None and num_embedded < len(tokens):
             embedded = tokens.select(torch.arange(num_embedded, device=tokens.values.device))
         if self.config.one_stack:
-            embedded = self.fusion.alone(embedded, "text", fold_seed(seed, 1))
+            return TextOutput(tokens, *self._embed_alone(embedded, "text", seed))
         first = self.config.text.pool == "first"
         pooled = embedded.values[embedded.first() if first else embedded.last()]
         return TextOutput(tokens, _unit(self.text_projection(pooled)))
+
+    def _embed_alone(
+        self, part: Ragged, modality: Literal["text", "image"], seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings (R, E) of the first states of the stack on one modality alone; the second is
+        None where there are no joint heads.
+        """
+        project = self.text_projection if modality == "text" else self.image_projection
+        seed, first = fold_seed(seed, 1), part.first()
+        if self.joint_heads is None:
+            return _unit(project(self.fusion.alone(part, modality, seed).values[first])), None
+        own, joint = self.fusion.alone_twice(part, modality, seed)
+        head = getattr(self.joint_heads, modality)
+        return _unit(project(own.values[first])), _unit(head(joint.values[first]))
 
     def image_keys(self, image_tokens: Tensor | Ragged) -> ImageKeys | Ragged:
         """What `fuse` reads of images (B, N, D) or packed, once for any number of texts: keys and
@@ -298,14 +328,13 @@ class VLPModel(nn.Module):
             raise ValueError(missing(self.config.preset, what))
 
 
-def _fusion_tower(
-    config: FusionConfig, image_dim: int
-) -> FusionTower | ConcatTower | ExpertTower | None:
+def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | ExpertTower | None:
+    config = model.fusion
     if not config.depth:
         return None
     if config.experts != "shared":
-        return ExpertTower(config)
-    return ConcatTower(config) if config.kind == "concat" else FusionTower(config, image_dim)
+        return ExpertTower(config, model)
+    return ConcatTower(config) if config.kind == "concat" else FusionTower(config, model.vision.dim)
 
 
 def _projection(config: ModelConfig, width: int, wanted: bool) -> nn.Module | None:

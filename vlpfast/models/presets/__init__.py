@@ -22,6 +22,7 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "siglip": dual.siglip,
     "uniter": concat.uniter,
     "vilt": concat.vilt,
+    "vlmo": experts.vlmo,
     "vse++": dual.vsepp,
 }
 SIZES = ("tiny", "small", "base")

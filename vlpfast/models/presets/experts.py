@@ -51,3 +51,56 @@ def beit3(size: str) -> ModelConfig:
         image_mean=_HALF,
         image_std=_HALF,
     )
+
+
+def vlmo(size: str) -> ModelConfig:
+    """VLMo: self-attention in common, an MLP and its norm per modality, and in the last two layers
+    one more for pairs; LayerScale, relative positions only, two pairs of embeddings. Base is
+    ViT-B/16 at 224 px: 175.43 M parameters without pooler and heads.
+
+    Deviations: images stand before texts, which changes no number; each MLP has its own LayerScale
+    (VLMo's of a layer share one); the table of words' displacements is as long as the texts.
+
+    Source: Bao et al. 2022, arXiv:2111.02358; microsoft/unilm vlmo/modules/vlmo_module.py,
+    multiway_transformer.py, config.py.
+    """
+    base = size == "base"
+    shape, image_size, patch_size, (_, text, fusion) = (
+        ({"dim": 768, "heads": 12}, 224, 16, (0, 6, 6)) if base else compact(size)
+    )
+    return ModelConfig(
+        "vlmo",
+        size,
+        image_size=image_size,
+        embed_dim=768 if base else COMPACT[size]["embed_dim"],
+        vision=VisionConfig(**shape, depth=0, patch_size=patch_size, position="none"),
+        text=TextConfig(
+            **shape,
+            depth=0,
+            vocab_size=30522 if base else 4096,
+            context_length=196 if base else 77,
+            pool="first",
+            embed_norm=True,
+            norm_eps=1e-12,
+            token_types=2,
+            position="none",
+        ),
+        fusion=FusionConfig(
+            **shape,
+            depth=text + fusion,
+            kind="concat",
+            modality_types=True,
+            pooler=True,
+            experts="mome",
+            joint_experts=2 if base else 1,
+            order="image",
+            relative_bias=True,
+            key_bias=False,
+            layer_scale=0.1,
+        ),
+        joint_embedding=True,
+        mlm_head=True,
+        mlm_tied=False,
+        image_mean=_HALF,
+        image_std=_HALF,
+    )
