@@ -52,6 +52,11 @@ class Ragged:
         return cls(dense.flatten(0, 1), cu_seqlens, length)
 
     @classmethod
+    def empty(cls, like: Tensor) -> Ragged:
+        """One sequence without tokens, of values as `like` (T, ...) has."""
+        return cls(like[:0], torch.zeros(2, dtype=torch.int32, device=like.device), 0)
+
+    @classmethod
     def cat(cls, parts: Sequence[Ragged]) -> Ragged:
         """The sequences of all parts, one after the other."""
         offsets, base = [parts[0].cu_seqlens], parts[0].cu_seqlens[-1]

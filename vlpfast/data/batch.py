@@ -29,6 +29,7 @@ class Batch:
             per-sample randomness.
         masked_text: `text` with tokens masked for MLM, or None.
         mlm_labels (T,): int64 original ids at masked positions, -100 elsewhere, or None.
+        masked_alone, alone_labels: the same, masked for modelling without the image, or None.
         regions: of the images, what a detector says of them, or None.
         masked_regions: `regions` with some hidden for masked region modelling, or None.
     """
@@ -40,6 +41,8 @@ class Batch:
     positions: Tensor
     masked_text: Ragged | None = None
     mlm_labels: Tensor | None = None
+    masked_alone: Ragged | None = None
+    alone_labels: Tensor | None = None
     regions: Regions | None = None
     masked_regions: Regions | None = None
 

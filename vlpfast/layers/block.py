@@ -25,11 +25,13 @@ class Layout:
         max_len: host-side upper bound of their lengths.
         blocks: one int per token, a key is visible iff its block is not above the query's; or
             "causal".
+        bias (H, N, N): added to the scores of self-attention; of packed sequences N is `max_len`.
     """
 
     cu_seqlens: Tensor | None = None
     max_len: int | None = None
     blocks: Tensor | Literal["causal"] | None = None
+    bias: Tensor | None = None
 
 
 class CrossKeys(NamedTuple):
@@ -61,14 +63,47 @@ class ResidualNorm(nn.Module):
         return out.normed, out.residual
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with one projection for queries, keys and values."""
+class ScaledLinear(nn.Linear):
+    """LayerScale on a linear map: scale * (x W^T + b), `scale` one learned number an output.
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+    The weights are scaled, D x D numbers, not the tokens.
+
+    Source: Touvron et al. 2021 (CaiT), section 2.1, arXiv:2103.17239.
+    """
+
+    def __init__(self, in_features: int, out_features: int, init: float) -> None:
+        super().__init__(in_features, out_features)
+        self.scale = nn.Parameter(torch.full((out_features,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale[:, None], self.bias * self.scale)
+
+
+def last_linear(in_features: int, out_features: int, layer_scale: float) -> nn.Linear:
+    """What ends a branch of a block."""
+    if layer_scale:
+        return ScaledLinear(in_features, out_features, layer_scale)
+    return nn.Linear(in_features, out_features)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values;
+    `sub_norm_eps` as in `Mlp`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dropout: float = 0.0,
+        layer_scale: float = 0.0,
+        sub_norm_eps: float | None = None,
+    ) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.norm = None if sub_norm_eps is None else ResidualNorm(dim, sub_norm_eps)
+        self.out = last_linear(dim, dim, layer_scale)
 
     def forward(self, x: Tensor, layout: Layout, seed: int = 0) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
@@ -82,10 +117,12 @@ class SelfAttention(nn.Module):
             max_k=layout.max_len,
             q_block=layout.blocks,
             k_block=None if isinstance(layout.blocks, str) else layout.blocks,
+            bias=layout.bias,
             dropout_p=self.dropout if self.training else 0.0,
             seed=seed,
         )
-        return self.out(mixed.flatten(-2))
+        mixed = mixed.flatten(-2)
+        return self.out(mixed if self.norm is None else self.norm(mixed)[0])
 
 
 class CrossAttention(nn.Module):
@@ -93,11 +130,13 @@ class CrossAttention(nn.Module):
     `models.fusion`).
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, heads: int, dropout: float = 0.0, layer_scale: float = 0.0
+    ) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.q = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
+        self.out = last_linear(dim, dim, layer_scale)
 
     def forward(self, x: Tensor, layout: Layout, keys: CrossKeys, seed: int = 0) -> Tensor:
         mixed = attention(
@@ -114,17 +153,29 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, bias + GELU, Linear."""
+    """Linear, bias + GELU, Linear; with `sub_norm_eps` a LayerNorm before the last (Sub-LN).
 
-    def __init__(self, dim: int, hidden: int, activation: str) -> None:
+    Source of Sub-LN: Wang et al. 2022 (Magneto), section 3.1, arXiv:2210.06423.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        activation: str,
+        layer_scale: float = 0.0,
+        sub_norm_eps: float | None = None,
+    ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.norm = None if sub_norm_eps is None else ResidualNorm(hidden, sub_norm_eps)
+        self.fc2 = last_linear(hidden, dim, layer_scale)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.linear(x, self.fc1.weight)
-        return self.fc2(bias_gelu(hidden, self.fc1.bias, kind=self.activation))
+        hidden = bias_gelu(hidden, self.fc1.bias, kind=self.activation)
+        return self.fc2(hidden if self.norm is None else self.norm(hidden)[0])
 
 
 class Block(nn.Module):
@@ -147,14 +198,16 @@ class Block(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         cross: bool = False,
+        layer_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.post_norm = norm == "post"
-        self.attention = SelfAttention(dim, heads, attention_dropout)
+        sub_norm_eps = norm_eps if norm == "sub" else None
+        self.attention = SelfAttention(dim, heads, attention_dropout, layer_scale, sub_norm_eps)
         self.norm1 = ResidualNorm(dim, norm_eps, dropout)
-        self.cross = CrossAttention(dim, heads, attention_dropout) if cross else None
+        self.cross = CrossAttention(dim, heads, attention_dropout, layer_scale) if cross else None
         self.norm_cross = ResidualNorm(dim, norm_eps, dropout) if cross else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation, layer_scale, sub_norm_eps)
         self.norm2 = ResidualNorm(dim, norm_eps, dropout)
 
     def forward(

@@ -47,7 +47,9 @@ class PatchEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         self.class_token = nn.Parameter(torch.zeros(dim)) if class_token else None
         first = int(class_token)
-        if position == "learned":
+        if position == "none":
+            self.position = None
+        elif position == "learned":
             self.position = nn.Parameter(torch.empty(first + side * side, dim))
         else:
             self.register_buffer(
@@ -58,11 +60,15 @@ class PatchEmbedding(nn.Module):
         """images (B, H, W, 3) uint8, keep_ids (B, K) int64 or None -> (B, 1 + K, dim), or
         (B, K, dim) without a class token.
         """
+        places, first = self.position, 0
+        if self.class_token is not None:
+            first = 0 if places is None else places[0]
+            places = None if places is None else places[1:]
         patches = patch_embed(
             images,
             self.weight,
             self.bias,
-            self.position if self.class_token is None else self.position[1:],
+            places,
             keep_ids,
             patch_size=self.patch_size,
             mean=self.mean,
@@ -70,7 +76,7 @@ class PatchEmbedding(nn.Module):
         )
         if self.class_token is None:
             return patches
-        class_token = (self.class_token + self.position[0]).to(patches.dtype)
+        class_token = (self.class_token + first).to(patches.dtype)
         return torch.cat([class_token.expand(patches.shape[0], 1, -1), patches], dim=1)
 
 
@@ -85,10 +91,13 @@ class TokenEmbedding(nn.Module):
         context_length: int,
         token_types: int,
         norm_eps: float | None,
+        position: str = "learned",
     ) -> None:
         super().__init__()
+        self.context_length = context_length
         self.token = nn.Parameter(torch.empty(vocab_size, dim))
-        self.position = nn.Parameter(torch.empty(context_length, dim))
+        learned = position == "learned"
+        self.position = nn.Parameter(torch.empty(context_length, dim)) if learned else None
         self.token_type = nn.Parameter(torch.empty(token_types, dim)) if token_types else None
         self.norm = ResidualNorm(dim, norm_eps) if norm_eps is not None else None
 
@@ -96,13 +105,15 @@ class TokenEmbedding(nn.Module):
         """Packed ids (T,) -> (T, dim).
 
         Raises:
-            ValueError: a sequence may be longer than the position table.
+            ValueError: a sequence may be longer than `context_length`.
         """
-        if text.max_len > self.position.shape[0]:
+        if text.max_len > self.context_length:
             raise ValueError(
-                f"text must have at most {self.position.shape[0]} tokens, got {text.max_len}"
+                f"text must have at most {self.context_length} tokens, got {text.max_len}"
             )
-        x = nn.functional.embedding(text.values, self.token) + self.position[text.positions()]
+        x = nn.functional.embedding(text.values, self.token)
+        if self.position is not None:
+            x = x + self.position[text.positions()]
         if self.token_type is not None:
             x = x + self.token_type[0]
         return x if self.norm is None else self.norm(x)[0]

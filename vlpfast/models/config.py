@@ -20,22 +20,26 @@ class StackConfig:
         dim, depth, heads: width, number of blocks (0: the stack is absent), attention heads.
         mlp_ratio: hidden width of the MLP over `dim`.
         norm: "pre" normalises before each branch (ViT, CLIP), "post" after each residual sum
-            (BERT).
+            (BERT), "sub" as "pre" and once more inside of each branch, before its last projection
+            (Magneto, BEiT-3).
         norm_eps: epsilon of every LayerNorm of the stack.
         activation: "gelu" (exact) or "quick_gelu", x * sigmoid(1.702 x) (OpenAI's CLIP).
         dropout: probability after embeddings, attention projections and MLPs; `attention_dropout`
             on attention weights.
+        layer_scale: first value of a learned factor of each channel of each branch (LayerScale);
+            0: none.
     """
 
     dim: int
     depth: int
     heads: int
     mlp_ratio: float = 4.0
-    norm: Literal["pre", "post"] = "pre"
+    norm: Literal["pre", "post", "sub"] = "pre"
     norm_eps: float = 1e-6
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    layer_scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,10 @@ class VisionConfig(StackConfig):
         cnn: the network of "grid" and "cnn": "small", "resnet50", or a name of timm's.
         region_dim, region_classes: width of the regions' features, and classes of their detector.
         embed_norm: LayerNorm between the embeddings and the first block (CLIP's `pre_layrnorm`).
-        position: "learned", or fixed 2-D "sincos" (FLIP, MAE).
+        position: "learned", fixed 2-D "sincos" (FLIP, MAE), or "none" (BEiT, with relative_bias).
+        relative_bias: a learned bias of attention for each head and displacement between patches
+            and class token: "shared" by all layers (BEiT's pre-training), or each "layer" has its
+            own; of "patches", where none are dropped.
         class_token: whether a learned token stands before the patches (SigLIP has none).
         pool: "first" takes the class token, "mean" averages all tokens (FLIP), "map" lets a learned
             query attend to them (SigLIP). Of a CNN, "mean" pools the last feature map (ALIGN) and
@@ -71,7 +78,8 @@ class VisionConfig(StackConfig):
     patch_size: int = 16
     patch_bias: bool = True
     embed_norm: bool = False
-    position: Literal["learned", "sincos"] = "learned"
+    position: Literal["learned", "sincos", "none"] = "learned"
+    relative_bias: Literal["none", "shared", "layer"] = "none"
     class_token: bool = True
     pool: Literal["first", "mean", "map"] = "first"
     unit_features: bool = False
@@ -108,6 +116,7 @@ class TextConfig(StackConfig):
         pool: "first" takes the start token, "last" the end token.
         embed_norm: LayerNorm after the embeddings (BERT).
         token_types: rows of the token-type table; text uses row 0 (BERT has 2, CLIP none).
+        position: "learned", or "none", where the stack has a relative bias.
     """
 
     kind: Literal["transformer", "gru"] = "transformer"
@@ -118,6 +127,7 @@ class TextConfig(StackConfig):
     pool: Literal["first", "last"] = "last"
     embed_norm: bool = False
     token_types: int = 0
+    position: Literal["learned", "none"] = "learned"
 
 
 @dataclass(frozen=True)
@@ -129,11 +139,24 @@ class FusionConfig(StackConfig):
             over text and image tokens in one sequence (UNITER, ViLT).
         modality_types: a learned vector is added to each text token, another to each image token.
         pooler: the matching head reads tanh(linear(first token)) (BERT).
+        experts: of "concat": "shared" serves both modalities by the same blocks; "mome" has an MLP
+            for each (VLMo), "multiway" all but the attention's product (BEiT-3).
+        joint_experts: the last so many layers have an MLP for both where they meet (VLMo).
+        order: what is first in a sequence of a stack with experts.
+        relative_bias: each layer has a learned bias of attention for each head and displacement
+            between patches, between words, and from one modality to the other (VLMo); needs all
+            patches of images, and order "image": a token's place is then its place in the sequence.
+        key_bias: whether the projection of keys has a bias, which no softmax sees.
     """
 
     kind: Literal["cross", "concat"] = "cross"
     modality_types: bool = False
     pooler: bool = False
+    experts: Literal["shared", "mome", "multiway"] = "shared"
+    joint_experts: int = 0
+    order: Literal["text", "image"] = "text"
+    relative_bias: bool = False
+    key_bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -156,7 +179,12 @@ class ModelConfig:
         logit_bias, logit_bias_init: whether a bias is added to the multiplied similarities, and its
             first value (SigLIP).
         vision, text, fusion: the stacks; `fusion.depth` 0 is a dual-tower model.
-        mlm_head: whether the model predicts tokens (BERT's transform with the token table tied).
+        mlm_head: whether the model predicts tokens.
+        mlm_transform, mlm_tied: whether that head has BERT's transform, and whether its weight is
+            the token table.
+        joint_embedding: whether images and texts have a second embedding each, of the layers that
+            have experts for both modalities (VLMo).
+        match_head: whether a model with fusion tells pairs that match from others.
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
     """
@@ -169,6 +197,10 @@ class ModelConfig:
     text: TextConfig
     fusion: FusionConfig = field(default_factory=lambda: FusionConfig(dim=0, depth=0, heads=1))
     mlm_head: bool = False
+    mlm_transform: bool = True
+    mlm_tied: bool = True
+    joint_embedding: bool = False
+    match_head: bool = True
     region_heads: bool = False
     projection_bias: bool = False
     image_projection: bool = True
@@ -214,11 +246,46 @@ class ModelConfig:
                     f"embed_dim must be the {name} tower's width {dim}, which is not projected, "
                     f"got {self.embed_dim}"
                 )
+        self._check_fusion()
         self._check_vision()
         self._check_text()
 
+    def _check_fusion(self) -> None:
+        fusion, vision = self.fusion, self.vision
+        if self.joint_embedding and not (self.embed_dim and fusion.joint_experts):
+            raise ValueError("joint_embedding needs embed_dim > 0 and fusion.joint_experts > 0")
+        if self.joint_embedding and self.scale != "log":
+            raise ValueError(f"joint_embedding needs scale 'log', got {self.scale!r}")
+        if fusion.experts == "shared":
+            if fusion.joint_experts or fusion.relative_bias or fusion.order == "image":
+                raise ValueError(
+                    "fusion.joint_experts, fusion.relative_bias and fusion.order 'image' need "
+                    "fusion.experts 'mome' or 'multiway', got 'shared'"
+                )
+            return
+        drops = vision.patch_dropout or vision.max_patches or not vision.class_token
+        if fusion.relative_bias and (drops or vision.front != "patches" or fusion.order != "image"):
+            raise ValueError(
+                "fusion.relative_bias is of a class token and all patches of a square before the "
+                "text: vision.front 'patches' with class_token, without patch_dropout and "
+                "max_patches, and fusion.order 'image'"
+            )
+        if fusion.kind != "concat" or fusion.norm == "post":
+            raise ValueError(
+                f"fusion.experts {fusion.experts!r} needs fusion.kind 'concat' and fusion.norm "
+                f"'pre' or 'sub', got {fusion.kind!r} and {fusion.norm!r}"
+            )
+
     def _check_vision(self) -> None:
         vision = self.vision
+        windowed = vision.front == "patches" and vision.class_token
+        if vision.relative_bias != "none" and (
+            not windowed or vision.patch_dropout or vision.max_patches
+        ):
+            raise ValueError(
+                "vision.relative_bias is for a class token and all patches of a square: "
+                "vision.front 'patches' with class_token, without patch_dropout and max_patches"
+            )
         if vision.keep_multiple < 1:
             raise ValueError(f"vision.keep_multiple must be >= 1, got {vision.keep_multiple}")
         if vision.front == "cnn" and (vision.pool == "map" or vision.patch_dropout):
@@ -253,11 +320,18 @@ class ModelConfig:
             "a learned scale": self.embed_dim > 0 and self.scale != "none",
             "a learned bias": self.logit_bias,
             "a fusion tower": self.fusion.depth > 0,
-            "fused image tokens": self.fusion.depth > 0 and self.fusion.kind == "concat",
+            "a matching head": self.fusion.depth > 0 and self.match_head,
+            "fused image tokens": self.one_stack,
+            "one stack for both": self.one_stack,
             "a token head": self.mlm_head,
             "region heads": self.region_heads,
         }
         return tuple(part for part, present in has.items() if present)
+
+    @property
+    def one_stack(self) -> bool:
+        """Whether text and image tokens go through the same blocks."""
+        return self.fusion.depth > 0 and self.fusion.kind == "concat"
 
     @property
     def num_patches(self) -> int:

@@ -12,19 +12,22 @@ from vlpfast.ragged import Ragged
 @dataclass(frozen=True)
 class ImageOutput:
     """tokens (B, N, D): class token first; of regions packed (T, D). embedding (B, E):
-    L2-normalised, in the joint space; None where the model has none.
+    L2-normalised, in the joint space; None where the model has none. joint_embedding: the same of
+    the layers with experts for both modalities (VLMo).
     """
 
     tokens: Tensor | Ragged
     embedding: Tensor | None
+    joint_embedding: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TextOutput:
-    """tokens: packed (T, D); embedding as in `ImageOutput`."""
+    """tokens: packed (T, D); embeddings as in `ImageOutput`."""
 
     tokens: Ragged
     embedding: Tensor | None
+    joint_embedding: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ Each takes tokens in and gives tokens out; heads and losses are elsewhere.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +17,16 @@ from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
 from vlpfast.layers.embedding import PatchEmbedding, TokenEmbedding
 from vlpfast.layers.grid import GridEmbedding
 from vlpfast.layers.pooler import MapPooler
+from vlpfast.layers.position_bias import RelativeBias, window_displacements
 from vlpfast.layers.region import RegionEmbedding
 from vlpfast.models.config import FusionConfig, ModelConfig, StackConfig, TextConfig, VisionConfig
 from vlpfast.models.outputs import FusedOutput
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
+
+# Of the names of parameters, which expert has them.
+_EXPERT = re.compile(r"\.(text|image|joint)(?=\.)")
 
 
 def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
@@ -35,13 +41,14 @@ def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
             dropout=config.dropout,
             attention_dropout=config.attention_dropout,
             cross=cross,
+            layer_scale=config.layer_scale,
         )
         for _ in range(config.depth)
     )
 
 
 def _final_norm(config: StackConfig) -> ResidualNorm | None:
-    if config.norm != "pre" or not config.depth:
+    if config.norm == "post" or not config.depth:
         return None
     return ResidualNorm(config.dim, config.norm_eps, config.dropout)
 
@@ -50,6 +57,15 @@ def _finish(
     norm: ResidualNorm | None, branch: Tensor | None, residual: Tensor, seed: int
 ) -> Tensor:
     return residual if norm is None else norm(branch, residual, fold_seed(seed, -1))[0]
+
+
+def _relative_bias(config: VisionConfig, model: ModelConfig) -> RelativeBias | None:
+    if config.relative_bias == "none":
+        return None
+    window = window_displacements(model.image_size // config.patch_size)
+    return RelativeBias(
+        config.heads, *window, config.depth if config.relative_bias == "layer" else 1
+    )
 
 
 def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
@@ -78,6 +94,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.embedding = _front_end(config, model)
         self.embed_norm = ResidualNorm(config.dim, config.norm_eps) if config.embed_norm else None
+        self.relative_bias = _relative_bias(config, model)
         self.blocks = _blocks(config)
         self.norm = _final_norm(config)
         self.pooler = (
@@ -96,16 +113,28 @@ class VisionTower(nn.Module):
     def forward(
         self, images: Tensor | Regions, keep_ids: Tensor | None = None, seed: int = 0
     ) -> Tensor | Ragged:
+        if self.relative_bias is not None and keep_ids is not None:
+            raise ValueError("keep_ids drops patches, and the relative bias is of all of them")
         tokens = self.embedding(images, keep_ids)
         packed = tokens if isinstance(tokens, Ragged) else None
         branch, residual = None, tokens if packed is None else packed.values
         if self.embed_norm is not None:
             residual, _ = self.embed_norm(residual)
         layout = Layout() if packed is None else Layout(packed.cu_seqlens, packed.max_len)
-        for number, block in enumerate(self.blocks):
-            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
+        for number, (block, here) in enumerate(
+            zip(self.blocks, self._layouts(layout), strict=True)
+        ):
+            branch, residual = block(branch, residual, here, seed=fold_seed(seed, number))
         out = _finish(self.norm, branch, residual, seed)
         return out if packed is None else packed.with_values(out)
+
+    def _layouts(self, layout: Layout) -> list[Layout]:
+        """`layout` with each layer's bias."""
+        if self.relative_bias is None:
+            return [layout] * len(self.blocks)
+        biases = self.relative_bias().unbind()
+        biases *= len(self.blocks) // len(biases)
+        return [replace(layout, bias=bias) for bias in biases]
 
     def pool(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, D), as `VisionConfig.pool` says."""
@@ -125,6 +154,7 @@ class TextTower(nn.Module):
             context_length=config.context_length,
             token_types=config.token_types,
             norm_eps=config.norm_eps if config.embed_norm else None,
+            position=config.position,
         )
         self.causal = config.causal
         self.blocks = _blocks(config)
@@ -197,6 +227,17 @@ class ConcatTower(nn.Module):
             return image_tokens
         return Ragged.from_dense(image_tokens)
 
+    def alone(self, part: Ragged, modality: Literal["text", "image"], seed: int = 0) -> Ragged:
+        """The stack over texts alone or images alone (R, packed tokens): rows whose other part is
+        empty.
+        """
+        size, nothing = len(part), Ragged.empty(part.values)
+        if modality == "text":
+            first = torch.zeros(size, dtype=torch.int64, device=part.cu_seqlens.device)
+            return self(part, nothing, first, seed).text
+        own = torch.arange(size, device=part.cu_seqlens.device)
+        return self(nothing.select(own * 0), part, own, seed).image
+
     def forward(
         self,
         text: Ragged,
@@ -244,13 +285,14 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
     BERT.
 
     Source: Radford et al. 2021, section 2.5 and open_clip transformer.py `init_parameters`; Devlin
-    et al. 2019.
+    et al. 2019; for "sub" see `_init_sub_norm`.
     """
     post = config.norm == "post"
     attention_std = 0.02 if post else config.dim**-0.5
     output_std = 0.02 if post else (2 * max(config.depth, 1) * config.dim) ** -0.5
     hidden_std = 0.02 if post else (2 * config.dim) ** -0.5
-    for name, parameter in tower.named_parameters():
+    for full_name, parameter in tower.named_parameters():
+        name = _EXPERT.sub("", full_name)
         if name.endswith(("qkv.weight", "q.weight", "kv.weight")):
             nn.init.normal_(parameter, std=attention_std)
         elif name.endswith(("out.weight", "fc2.weight")):
@@ -271,3 +313,18 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
             nn.init.normal_(parameter, std=0.02 if post else parameter.shape[-1] ** -0.5)
         elif name.endswith(".bias"):
             nn.init.zeros_(parameter)
+        if config.norm == "sub":
+            _init_sub_norm(name, parameter, config)
+
+
+def _init_sub_norm(name: str, parameter: Tensor, config: StackConfig) -> None:
+    """Xavier's weights, those of values, outputs and MLPs times sqrt(log(2 * depth)).
+
+    Source: Wang et al. 2022 (Magneto), figure 2, arXiv:2210.06423.
+    """
+    gain = math.log(2 * max(config.depth, 1)) ** 0.5
+    if name.endswith(("out.weight", "fc1.weight", "fc2.weight")):
+        nn.init.xavier_normal_(parameter, gain)
+    elif name.endswith("qkv.weight"):
+        # Queries and keys keep dim ** -0.5, which is Xavier's.
+        parameter[2 * config.dim :].mul_(gain)

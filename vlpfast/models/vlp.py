@@ -6,6 +6,7 @@ It holds no loss and knows no data set.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from vlpfast.layers.block import ResidualNorm
 from vlpfast.layers.region import RegionHeads
-from vlpfast.models.config import FusionConfig, ModelConfig
+from vlpfast.models.config import ModelConfig
 from vlpfast.models.encoders import CnnTower, GruTower
+from vlpfast.models.experts import ExpertTower
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
 from vlpfast.models.presets import missing, preset_config
 from vlpfast.models.towers import (
@@ -25,6 +27,7 @@ from vlpfast.models.towers import (
     VisionTower,
     init_tower,
 )
+from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
 
@@ -39,19 +42,32 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class TokenHead(nn.Module):
-    """BERT's prediction transform:
-
-    Linear, GELU, LayerNorm; the vocabulary weight is the token table itself.
+    """What predicts tokens: BERT's transform (Linear, GELU, LayerNorm) where `transform`, then the
+    vocabulary, whose weight is the token table itself where `tied`.
     """
 
-    def __init__(self, dim: int, vocab_size: int, norm_eps: float) -> None:
+    def __init__(
+        self, dim: int, vocab_size: int, norm_eps: float, *, transform: bool, tied: bool
+    ) -> None:
         super().__init__()
-        self.dense = nn.Linear(dim, dim)
-        self.norm = ResidualNorm(dim, norm_eps)
+        self.dense = nn.Linear(dim, dim) if transform else None
+        self.norm = ResidualNorm(dim, norm_eps) if transform else None
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(F.gelu(self.dense(hidden)))[0]
+        """The transform alone."""
+        return hidden if self.dense is None else self.norm(F.gelu(self.dense(hidden)))[0]
+
+
+class JointHeads(nn.Module):
+    """The second pair of projections into a joint space, and its scale (VLMo)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.image = nn.Linear(config.fusion.dim, config.embed_dim, config.projection_bias)
+        self.text = nn.Linear(config.fusion.dim, config.embed_dim, config.projection_bias)
+        self.scale = nn.Parameter(torch.tensor(math.log(config.scale_init)))
 
 
 class VLPModel(nn.Module):
@@ -67,13 +83,23 @@ class VLPModel(nn.Module):
         vision, text, fusion = config.vision, config.text, config.fusion
         self.vision = (CnnTower if vision.front == "cnn" else VisionTower)(vision, config)
         self.text = (GruTower if text.kind == "gru" else TextTower)(text)
-        self.fusion = _fusion_tower(fusion, vision.dim)
+        self.fusion = _fusion_tower(config)
         self.image_projection = _projection(config, vision.dim, config.image_projection)
         self.text_projection = _projection(config, text.dim, config.text_projection)
+        self.joint_heads = JointHeads(config) if config.joint_embedding else None
         self.pooler = nn.Linear(fusion.dim, fusion.dim) if fusion.pooler else None
-        self.match_head = nn.Linear(fusion.dim, 2) if fusion.depth else None
+        matches = fusion.depth and config.match_head
+        self.match_head = nn.Linear(fusion.dim, 2) if matches else None
         self.token_head = (
-            TokenHead(text.dim, text.vocab_size, text.norm_eps) if config.mlm_head else None
+            TokenHead(
+                text.dim,
+                text.vocab_size,
+                text.norm_eps,
+                transform=config.mlm_transform,
+                tied=config.mlm_tied,
+            )
+            if config.mlm_head
+            else None
         )
         self.region_heads = (
             RegionHeads(fusion.dim, vision.region_dim, vision.region_classes, fusion.norm_eps)
@@ -106,11 +132,16 @@ class VLPModel(nn.Module):
         for projection in (self.image_projection, self.text_projection):
             if isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        if self.joint_heads is not None:
+            for projection in (self.joint_heads.image, self.joint_heads.text):
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         heads = (self.match_head, self.token_head, self.pooler, self.region_heads)
         for head in (m for part in heads if part is not None for m in part.modules()):
             if isinstance(head, nn.Linear):
                 nn.init.normal_(head.weight, std=0.02)
                 nn.init.zeros_(head.bias)
+            elif isinstance(head, TokenHead) and head.weight is not None:
+                nn.init.normal_(head.weight, std=0.02)
 
     @property
     def has_fusion(self) -> bool:
@@ -145,17 +176,26 @@ class VLPModel(nn.Module):
             bounds = [1 / bound if bound > 0 else None for bound in (high, low)]
         if bounds != [None, None] and self.config.scale != "none":
             self.scale.clamp_(*bounds)
+            if self.joint_heads is not None:
+                self.joint_heads.scale.clamp_(*bounds)
 
     def encode_image(
-        self, images: Tensor | Regions, keep_ids: Tensor | None = None, *, seed: int = 0
+        self,
+        images: Tensor | Regions,
+        keep_ids: Tensor | None = None,
+        *,
+        seed: int = 0,
+        embed: bool = True,
     ) -> ImageOutput:
-        """Image tower and its projection.
+        """Image tower and its projection; where one stack serves both modalities, that stack on
+        images alone is the tower, and the tokens are what enters it.
 
         Args:
             images (B, S, S, 3): uint8, S = config.image_size; or what a detector saw in B images,
                 where `config.vision.front` is "regions".
             keep_ids (B, K): int64 ascending ids of the patches to embed; None keeps all.
             seed: keys dropout in training.
+            embed: whether the embedding is wanted.
         """
         side, wants_regions = self.config.image_size, self.config.vision.front == "regions"
         if isinstance(images, Regions) != wants_regions:
@@ -166,23 +206,51 @@ class VLPModel(nn.Module):
         if not wants_regions and images.shape[1:] != (side, side, 3):
             raise ValueError(f"images must be (B, {side}, {side}, 3), got {tuple(images.shape)}")
         tokens = self.vision(images, keep_ids, seed)
-        if self.image_projection is None:
+        if self.image_projection is None or not embed:
             return ImageOutput(tokens, None)
+        if self.config.one_stack:
+            packed = self.fusion.image_keys(tokens)
+            return ImageOutput(tokens, *self._embed_alone(packed, "image", seed))
         pooled = self.vision.pool(tokens)
         if self.config.vision.unit_features:
             pooled = _unit(pooled).to(pooled.dtype)
         return ImageOutput(tokens, _unit(self.image_projection(pooled)))
 
-    def encode_text(self, text: Ragged, *, seed: int = 0) -> TextOutput:
-        """Text tower and its projection;
+    def encode_text(
+        self, text: Ragged, *, seed: int = 0, num_embedded: int | None = None
+    ) -> TextOutput:
+        """Text tower and its projection; where one stack serves both modalities as `encode_image`.
 
-        `text` packs int64 token ids with their start and end tokens.
+        Args:
+            text: packs int64 token ids with their start and end tokens.
+            seed: keys dropout in training.
+            num_embedded: of how many texts, the first ones, an embedding is wanted; None: all.
         """
         tokens = self.text(text, seed)
-        if self.text_projection is None:
+        if self.text_projection is None or num_embedded == 0:
             return TextOutput(tokens, None)
-        pooled = tokens.values[text.first() if self.config.text.pool == "first" else text.last()]
+        embedded = tokens
+        if num_embedded is not None and num_embedded < len(tokens):
+            embedded = tokens.select(torch.arange(num_embedded, device=tokens.values.device))
+        if self.config.one_stack:
+            return TextOutput(tokens, *self._embed_alone(embedded, "text", seed))
+        first = self.config.text.pool == "first"
+        pooled = embedded.values[embedded.first() if first else embedded.last()]
         return TextOutput(tokens, _unit(self.text_projection(pooled)))
+
+    def _embed_alone(
+        self, part: Ragged, modality: Literal["text", "image"], seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings (R, E) of the first states of the stack on one modality alone; the second is
+        None where there are no joint heads.
+        """
+        project = self.text_projection if modality == "text" else self.image_projection
+        seed, first = fold_seed(seed, 1), part.first()
+        if self.joint_heads is None:
+            return _unit(project(self.fusion.alone(part, modality, seed).values[first])), None
+        own, joint = self.fusion.alone_twice(part, modality, seed)
+        head = getattr(self.joint_heads, modality)
+        return _unit(project(own.values[first])), _unit(head(joint.values[first]))
 
     def image_keys(self, image_tokens: Tensor | Ragged) -> ImageKeys | Ragged:
         """What `fuse` reads of images (B, N, D) or packed, once for any number of texts: keys and
@@ -200,11 +268,22 @@ class VLPModel(nn.Module):
         return self.fuse_pairs(text_tokens, keys, kv_index, seed=seed).text
 
     def fuse_pairs(
-        self, text_tokens: Ragged, keys: ImageKeys | Ragged, kv_index: Tensor, *, seed: int = 0
+        self,
+        text_tokens: Ragged,
+        keys: ImageKeys | Ragged,
+        kv_index: Tensor,
+        *,
+        seed: int = 0,
+        text_blocks: Tensor | None = None,
     ) -> FusedOutput:
-        """`fuse` with the fused image tokens too."""
+        """`fuse` with the fused image tokens too; `text_blocks` as `ConcatTower.forward`, where one
+        stack serves both modalities.
+        """
         self._need(self.fusion, "a fusion tower")
-        return self.fusion(text_tokens, keys, kv_index, seed)
+        if text_blocks is None:
+            return self.fusion(text_tokens, keys, kv_index, seed)
+        self._need(self.fusion if self.config.one_stack else None, "one stack for both")
+        return self.fusion(text_tokens, keys, kv_index, seed, text_blocks=text_blocks)
 
     def match(self, fused: Ragged) -> Tensor:
         """Image-text matching logits (R, 2) from the first token of each row; index 1 says "they
@@ -214,7 +293,7 @@ class VLPModel(nn.Module):
 
     def match_logits(self, first_tokens: Tensor) -> Tensor:
         """`match` on first tokens (R, D) already taken."""
-        self._need(self.match_head, "a fusion tower")
+        self._need(self.match_head, "a matching head")
         return _full(self.match_head(self.pool(first_tokens)))
 
     def pool(self, first_tokens: Tensor) -> Tensor:
@@ -240,17 +319,22 @@ class VLPModel(nn.Module):
         `ops.linear_cross_entropy` takes.
         """
         self._need(self.token_head, "a token head")
-        return self.token_head(hidden), self.text.embedding.token, self.token_head.bias
+        head = self.token_head
+        weight = self.text.embedding.token if head.weight is None else head.weight
+        return head(hidden), weight, head.bias
 
     def _need(self, part: nn.Module | Tensor | None, what: str) -> None:
         if part is None:
             raise ValueError(missing(self.config.preset, what))
 
 
-def _fusion_tower(config: FusionConfig, image_dim: int) -> FusionTower | ConcatTower | None:
+def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | ExpertTower | None:
+    config = model.fusion
     if not config.depth:
         return None
-    return ConcatTower(config) if config.kind == "concat" else FusionTower(config, image_dim)
+    if config.experts != "shared":
+        return ExpertTower(config, model)
+    return ConcatTower(config) if config.kind == "concat" else FusionTower(config, model.vision.dim)
 
 
 def _projection(config: ModelConfig, width: int, wanted: bool) -> nn.Module | None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from vlpfast.ops.seed import fold_seed
 
-OBJECTIVES = ("itc", "sigmoid", "hinge", "itm", "mlm", "wra", "mrfr", "mrc", "mrckl")
+OBJECTIVES = ("itc", "sigmoid", "hinge", "itm", "mlm", "wra", "mrfr", "mrc", "mrckl", "mtm")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,10 @@ class ObjectivesConfig:
             draw all embeddings to one point.
         itm: image-text matching. `itm_negatives` "hard": one hard negative image and one hard
             negative text per pair; "random": half of the pairs get another image of the batch.
-        mlm: masked language modelling on the text that reads its image.
+        mlm: masked language modelling on the text that reads its image; with `mlm_causal` a word
+            sees earlier words only, and an image no words (BEiT-3's captioning).
+        mtm: masked text modelling: the same on texts alone, `mtm_probability` of whose tokens are
+            masked (VLMo's second stage, BEiT-3).
         wra: word-region alignment of the pairs that random matching sees, by optimal transport;
             `wra_tokens` "all" as UNITER, "inner" as ViLT (`objectives.regions.aligned_masks`).
         mrfr, mrc, mrckl: hidden regions' features, classes, and class distributions.
@@ -51,6 +54,9 @@ class ObjectivesConfig:
     mrfr: float = 0.0
     mrc: float = 0.0
     mrckl: float = 0.0
+    mtm: float = 0.0
+    mtm_probability: float = 0.15
+    mlm_causal: bool = False
     itm_negatives: Literal["hard", "random"] = "hard"
     wra_tokens: Literal["all", "inner"] = "all"
     mrm_probability: float = 0.15
@@ -92,6 +98,15 @@ class ObjectivesConfig:
             )
         if any(ratio <= 0 for _, ratio in self.mix):
             raise ValueError(f"objectives.mix must have ratios > 0, got {self.mix}")
+        if self.mlm_causal and (not self.mlm or self.momentum):
+            raise ValueError(
+                "objectives.mlm_causal is how objectives.mlm reads texts, without a teacher: set "
+                "objectives.mlm > 0 and objectives.momentum 0"
+            )
+        if not 0 < self.mtm_probability <= 1:
+            raise ValueError(
+                f"objectives.mtm_probability must be in (0, 1], got {self.mtm_probability}"
+            )
         if self.momentum and not (self.itc or self.mlm):
             raise ValueError("objectives.momentum: only itc and mlm learn from a teacher")
         if not 0 <= self.momentum < 1:

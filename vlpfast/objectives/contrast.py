@@ -40,8 +40,23 @@ def itc(passes: Passes, queue: FeatureQueue | None) -> tuple[Loss, Tensor | None
         **keys,
     )
     # Already normalised over all ranks: see `contrastive_loss` on what `group` returns.
-    loss = (out.loss, torch.ones((), device=out.loss.device))
+    value, joint = out.loss, passes.student.image.joint_embedding
+    if joint is not None:
+        value = (value + _joint_loss(passes, joint)) / 2
+    loss = (value, torch.ones((), device=value.device))
     return (loss, out.hard_text[:, 0], out.hard_image[:, 0]) if hard else (loss, None, None)
+
+
+def _joint_loss(passes: Passes, image: Tensor) -> Tensor:
+    """The same of the joint embeddings, with their own scale (VLMo averages both)."""
+    return contrastive_loss(
+        image,
+        passes.student.text.joint_embedding[: len(passes.batch)],
+        passes.model.joint_heads.scale.exp(),
+        ids=passes.batch.image_ids,
+        label_smoothing=passes.config.label_smoothing,
+        group=passes.group,
+    ).loss
 
 
 def teacher_embeddings(passes: Passes) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
 from vlpfast.models.towers import ImageKeys
 from vlpfast.models.vlp import VLPModel
 from vlpfast.objectives.config import ObjectivesConfig
-from vlpfast.objectives.plan import Plan
+from vlpfast.objectives.plan import Plan, Rows
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
@@ -24,8 +24,9 @@ Loss = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the towers of `model` made of a batch: images (B), clean texts (B), then masked texts
-    (B) where the plan has them, and the images' keys where it fuses.
+    """What the towers of `model` made of a batch: images (B), clean texts (B), then those masked
+    (B) and masked for reading without images (B) where the plan has them, and the images' keys
+    where it fuses.
     """
 
     model: VLPModel
@@ -84,9 +85,12 @@ def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: 
     images = batch.visual(model.config.vision.front)
     if plan.masked_image:
         images = Regions.cat([images, batch.masked_regions])
-    image = model.encode_image(images, kept, seed=fold_seed(seed, 1))
-    texts = [batch.text, batch.masked_text] if plan.masked_text else [batch.text]
-    text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2))
+    image = model.encode_image(images, kept, seed=fold_seed(seed, 1), embed=plan.contrast)
+    texts = [batch.text]
+    texts += [batch.masked_text] if plan.masked_text else []
+    texts += [batch.masked_alone] if plan.masked_alone else []
+    embedded = len(batch) if plan.contrast else 0
+    text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2), num_embedded=embedded)
     return Encoded(model, image, text, model.image_keys(image.tokens) if plan.fusion else None)
 
 
@@ -97,14 +101,16 @@ def fuse(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) ->
     """
     negatives = [None if hard is None else hard.clamp(min=0) for hard in (hard_text, hard_image)]
     device = passes.batch.image_ids.device
-    texts, images = passes.plan.fusion_rows(
-        len(passes.batch), *negatives, device, passes.mixed_image
-    )
+    plan, size = passes.plan, len(passes.batch)
+    texts, images = plan.fusion_rows(size, *negatives, device, passes.mixed_image)
+    rows, keys, blocks = passes.student.text.tokens.select(texts), passes.student.keys, None
+    if plan.masked_alone:
+        keys = Ragged.cat([keys, Ragged.empty(keys.values)])
+    if plan.causal:
+        masked = (rows.row_ids() // size) == plan.fusion.index(Rows.MASKED)
+        blocks = torch.where(masked, rows.positions() + 1, 0)
     return passes.model.fuse_pairs(
-        passes.student.text.tokens.select(texts),
-        passes.student.keys,
-        images,
-        seed=fold_seed(passes.seed, 4),
+        rows, keys, images, seed=fold_seed(passes.seed, 4), text_blocks=blocks
     )
 
 

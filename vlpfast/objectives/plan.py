@@ -25,6 +25,7 @@ class Rows(Enum):
     NEGATIVE_TEXT = "negative_text"
     MASKED = "masked"
     MASKED_IMAGE = "masked_image"
+    MASKED_TEXT_ALONE = "masked_text_alone"
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,18 @@ class Plan:
         fusion: groups of rows of the one fusion call; empty where no objective needs fusion.
         hard_negatives: the contrastive loss also draws hard negatives.
         masked_image: the image tower also reads the images with hidden regions, in the same call.
+        masked_alone: the text tower also reads the texts masked for modelling without images.
+        contrast: embeddings of the batch are wanted.
+        causal: masked texts are read causally.
     """
 
     masked_text: bool
     fusion: tuple[Rows, ...]
     hard_negatives: bool
     masked_image: bool = False
+    masked_alone: bool = False
+    contrast: bool = True
+    causal: bool = False
 
     @classmethod
     def of(cls, config: ObjectivesConfig) -> Plan:
@@ -52,7 +59,16 @@ class Plan:
             matching = (Rows.MIXED,)
         masked = (Rows.MASKED,) if config.mlm else ()
         hidden = (Rows.MASKED_IMAGE,) if config.masks_regions else ()
-        return cls(bool(config.mlm), matching + masked + hidden, hard, config.masks_regions)
+        alone = (Rows.MASKED_TEXT_ALONE,) if config.mtm else ()
+        return cls(
+            bool(config.mlm),
+            matching + masked + hidden + alone,
+            hard,
+            config.masks_regions,
+            bool(config.mtm),
+            bool(config.itc or config.sigmoid or config.hinge),
+            bool(config.mlm) and config.mlm_causal,
+        )
 
     def fusion_rows(
         self,
@@ -64,11 +80,14 @@ class Plan:
     ) -> tuple[Tensor, Tensor]:
         """For every fusion row: the text sequence it holds and the image it reads, (R,) int64 each.
 
-        Texts and images are numbered as their calls pack them: B clean ones, then B masked ones.
+        Texts and images are numbered as their calls pack them: B clean ones, then B masked ones,
+        then the B texts masked for modelling without images; the number after the last image stands
+        for none.
         `hard_text` (B,) is each image's negative text, `hard_image` (B,) each text's negative
         image, `mixed_image` (B,) the image of random matching.
         """
         own = torch.arange(batch_size, device=device)
+        no_image = torch.full_like(own, batch_size * (1 + self.masked_image))
         rows = {
             Rows.MATCHED: (own, own),
             Rows.NEGATIVE_IMAGE: (own, hard_image),
@@ -76,6 +95,7 @@ class Plan:
             Rows.MASKED: (own + batch_size, own),
             Rows.MIXED: (own, mixed_image),
             Rows.MASKED_IMAGE: (own, own + batch_size),
+            Rows.MASKED_TEXT_ALONE: (own + batch_size * (1 + self.masked_text), no_image),
         }
         texts, images = zip(*(rows[group] for group in self.fusion), strict=True)
         return torch.cat(texts), torch.cat(images)

@@ -23,6 +23,7 @@ from vlpfast.ops.seed import fold_seed
 _AFTER_FUSION = {
     "wra": regions.wra,
     "mlm": language.mlm,
+    "mtm": language.mtm,
     "mrfr": regions.mrfr,
     "mrc": regions.mrc,
     "mrckl": regions.mrckl,
@@ -79,15 +80,20 @@ class PretrainStep(nn.Module):
     @property
     def has_idle_parameters(self) -> bool:
         """Whether a step may leave parameters without a gradient: it trains one of several
-        objectives.
+        objectives, texts alone, or experts for image tokens whose last states nothing reads.
         """
-        return bool(self.config.mix)
+        plan, fusion = Plan.of(self.config), self.model.config.fusion
+        reads_images = plan.contrast or plan.masked_image
+        texts_alone = set(plan.fusion) == {Rows.MASKED_TEXT_ALONE}
+        unread = not reads_images and (texts_alone or fusion.experts != "shared")
+        return bool(self.config.mix) or unread
 
     def forward(self, batch: Batch, *, seed: int, step: int) -> StepOutput:
         """Losses of one batch.
 
         Args:
-            batch: with `masked_text` and `mlm_labels` where MLM is enabled, with `regions` where
+            batch: with `masked_text` and `mlm_labels` where MLM is enabled, `masked_alone` and
+                `alone_labels` where masked text modelling is, with `regions` where
                 the model reads them, and `masked_regions` where hidden ones are predicted.
             seed: keys dropout and hard negatives; the caller varies it by step and rank.
             step: optimizer step, for the ramp of alpha, the end of patch dropping and the choice of

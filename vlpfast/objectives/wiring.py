@@ -11,12 +11,13 @@ NEEDS = {
     "itc": ("a joint space", "a learned scale"),
     "sigmoid": ("a joint space", "a learned scale", "a learned bias"),
     "hinge": ("a joint space",),
-    "itm": ("a fusion tower",),
+    "itm": ("a fusion tower", "a matching head"),
     "mlm": ("a fusion tower", "a token head"),
     "wra": ("fused image tokens",),
     "mrfr": ("region heads",),
     "mrc": ("region heads",),
     "mrckl": ("region heads",),
+    "mtm": ("one stack for both", "a token head"),
 }
 
 
@@ -28,6 +29,16 @@ def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
         for part in NEEDS[name]:
             if part not in model.parts:
                 raise ValueError(f"objectives.{name} needs {part}; {missing(model.preset, part)}")
+    fusion = model.fusion
+    others = objectives.mlm or objectives.itm or objectives.masks_regions
+    if objectives.mtm and others and (fusion.relative_bias or fusion.joint_experts):
+        raise ValueError(
+            f"objectives.mtm trains preset {model.preset!r} on texts alone in a stage of its own, "
+            "because of its fusion.relative_bias and fusion.joint_experts: set itm and mlm to 0"
+        )
+    if objectives.mlm_causal and "one stack for both" not in model.parts:
+        part = "one stack for both"
+        raise ValueError(f"objectives.mlm_causal needs {part}; {missing(model.preset, part)}")
     idle = "a learned scale" in model.parts and not (objectives.itc or objectives.sigmoid)
     if objectives.hinge and idle:
         raise ValueError(

@@ -18,6 +18,7 @@ from vlpfast.data.sources import containers
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.models.vlp import VLPModel
 from vlpfast.objectives.step import PretrainStep
+from vlpfast.ops.seed import fold_seed
 from vlpfast.train import checkpoint
 from vlpfast.train.config import RunConfig
 from vlpfast.train.distributed import open_world
@@ -71,15 +72,18 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
 
         def prepare(batch: Batch) -> Batch:
             objectives, key = config.objectives, {"seed": seed, "positions": batch.positions}
+            words = {"whole_word": objectives.mlm_whole_word, **key}
             if objectives.mlm:
                 masked, labels = mask_text(
-                    batch.text,
-                    tokenizer,
-                    probability=objectives.mlm_probability,
-                    whole_word=objectives.mlm_whole_word,
-                    **key,
+                    batch.text, tokenizer, probability=objectives.mlm_probability, **words
                 )
                 batch = replace(batch, masked_text=masked, mlm_labels=labels)
+            if objectives.mtm:
+                words["seed"] = fold_seed(seed, 1)
+                masked, labels = mask_text(
+                    batch.text, tokenizer, probability=objectives.mtm_probability, **words
+                )
+                batch = replace(batch, masked_alone=masked, alone_labels=labels)
             if objectives.masks_regions:
                 hidden = mask_regions(
                     batch.visual("regions"), probability=objectives.mrm_probability, **key
@@ -119,7 +123,8 @@ def fit_parts(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
             f"data.max_tokens must be <= model.text.context_length {text.context_length}, "
             f"got {config.data.max_tokens}"
         )
-    if config.objectives.mlm and tokenizer.mask_id is None:
+    masks = config.objectives.mlm or config.objectives.mtm
+    if masks and tokenizer.mask_id is None:
         raise ValueError("objectives.mlm needs a tokenizer with a mask token; 'clip' has none")
     text = replace(text, vocab_size=tokenizer.vocab_size)
     return replace(config, model=replace(config.model, text=text))
