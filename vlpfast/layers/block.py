@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlpfast.layers.keys import KeyCache
 from vlpfast.ops.attention import attention
 from vlpfast.ops.bias_gelu import bias_gelu
 from vlpfast.ops.residual_norm import residual_norm
@@ -25,11 +26,14 @@ class Layout:
         max_len: host-side upper bound of their lengths.
         blocks: one int per token, a key is visible iff its block is not above the query's; or
             "causal".
+        cache: earlier tokens' keys, for packed sequences of `max_len` tokens each that go on from
+            there; what they see is then all before and up to themselves.
     """
 
     cu_seqlens: Tensor | None = None
     max_len: int | None = None
     blocks: Tensor | Literal["causal"] | None = None
+    cache: KeyCache | None = None
 
 
 class CrossKeys(NamedTuple):
@@ -72,6 +76,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, seed: int = 0) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        if layout.cache is not None:
+            return self.out(layout.cache.attend(self, q, k, v).flatten(-2))
         mixed = attention(
             q,
             k,
@@ -128,7 +134,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, optional cross-attention, MLP, with residual sums.
+    """Self-attention, optional cross-attention, MLP, with residual sums; `mlp_between` puts another
+    MLP before the cross-attention.
 
     The state that passes between blocks is (branch, residual): the last branch's output, not yet
         added, and the sum of all
@@ -147,14 +154,18 @@ class Block(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         cross: bool = False,
+        mlp_between: bool = False,
     ) -> None:
         super().__init__()
         self.post_norm = norm == "post"
         self.attention = SelfAttention(dim, heads, attention_dropout)
         self.norm1 = ResidualNorm(dim, norm_eps, dropout)
+        hidden = int(dim * mlp_ratio)
+        self.mlp_between = Mlp(dim, hidden, activation) if mlp_between else None
+        self.norm_between = ResidualNorm(dim, norm_eps, dropout) if mlp_between else None
         self.cross = CrossAttention(dim, heads, attention_dropout) if cross else None
         self.norm_cross = ResidualNorm(dim, norm_eps, dropout) if cross else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation)
+        self.mlp = Mlp(dim, hidden, activation)
         self.norm2 = ResidualNorm(dim, norm_eps, dropout)
 
     def forward(
@@ -166,6 +177,8 @@ class Block(nn.Module):
         seed: int = 0,
     ) -> tuple[Tensor | None, Tensor]:
         branches = [(self.norm1, lambda x: self.attention(x, layout, fold_seed(seed, 1)))]
+        if self.mlp_between is not None:
+            branches.append((self.norm_between, self.mlp_between))
         if self.cross is not None:
             branches.append(
                 (self.norm_cross, lambda x: self.cross(x, layout, keys, fold_seed(seed, 2)))

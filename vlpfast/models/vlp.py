@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlpfast.layers.block import ResidualNorm
+from vlpfast.layers.keys import KeyCache
 from vlpfast.layers.region import RegionHeads
 from vlpfast.models.config import FusionConfig, ModelConfig
 from vlpfast.models.encoders import CnnTower, GruTower
@@ -71,7 +72,12 @@ class VLPModel(nn.Module):
         self.image_projection = _projection(config, vision.dim, config.image_projection)
         self.text_projection = _projection(config, text.dim, config.text_projection)
         self.pooler = nn.Linear(fusion.dim, fusion.dim) if fusion.pooler else None
-        self.match_head = nn.Linear(fusion.dim, 2) if fusion.depth else None
+        self.match_head = nn.Linear(fusion.dim, 2) if fusion.depth and not fusion.causal else None
+        self.lm_head = (
+            nn.Linear(fusion.dim, text.vocab_size, bias=False)
+            if config.lm_head == "linear"
+            else None
+        )
         self.token_head = (
             TokenHead(text.dim, text.vocab_size, text.norm_eps) if config.mlm_head else None
         )
@@ -106,16 +112,17 @@ class VLPModel(nn.Module):
         for projection in (self.image_projection, self.text_projection):
             if isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-        heads = (self.match_head, self.token_head, self.pooler, self.region_heads)
+        heads = (self.match_head, self.token_head, self.pooler, self.region_heads, self.lm_head)
         for head in (m for part in heads if part is not None for m in part.modules()):
             if isinstance(head, nn.Linear):
                 nn.init.normal_(head.weight, std=0.02)
-                nn.init.zeros_(head.bias)
+                if head.bias is not None:
+                    nn.init.zeros_(head.bias)
 
     @property
     def has_fusion(self) -> bool:
-        """Whether image and text meet in a fusion tower."""
-        return self.fusion is not None
+        """Whether image and text meet in a fusion tower that can match them."""
+        return self.match_head is not None
 
     @property
     def has_joint_space(self) -> bool:
@@ -181,6 +188,9 @@ class VLPModel(nn.Module):
         tokens = self.text(text, seed)
         if self.text_projection is None:
             return TextOutput(tokens, None)
+        if self.config.text.pool == "appended":
+            embedding = _unit(self.text_projection(tokens.values[tokens.last()]))
+            return TextOutput(tokens.without_last(), embedding)
         pooled = tokens.values[text.first() if self.config.text.pool == "first" else text.last()]
         return TextOutput(tokens, _unit(self.text_projection(pooled)))
 
@@ -205,6 +215,45 @@ class VLPModel(nn.Module):
         """`fuse` with the fused image tokens too."""
         self._need(self.fusion, "a fusion tower")
         return self.fusion(text_tokens, keys, kv_index, seed)
+
+    def decode(
+        self,
+        text: Ragged,
+        keys: ImageKeys,
+        kv_index: Tensor,
+        *,
+        tokens: Ragged | None = None,
+        cache: KeyCache | None = None,
+        seed: int = 0,
+    ) -> Ragged:
+        """Packed states (T, D), each of which predicts the token after its own: it has seen the
+        text up to itself, and its image.
+
+        Args:
+            text: packed token ids of R texts, or with a `cache` what follows the tokens in it.
+            keys: `image_keys` of the images.
+            kv_index (R,): int64, the image each text reads.
+            tokens: `encode_text(text).tokens` where it has run already.
+            cache: keys of the tokens so far, of R texts; the caller advances it.
+            seed: keys dropout in training.
+        """
+        self._need(self.lm_head, "a text decoder")
+        if cache is not None:
+            tokens = self.text(text, seed, cache)
+        elif tokens is None:
+            tokens = self.encode_text(text, seed=seed).tokens
+        return self.fusion(tokens, keys, kv_index, seed, cache).text
+
+    def lm_head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of states (n, D) of `decode`, what `ops.linear_cross_entropy` takes: states, vocabulary
+        weight (V, D), bias (V,) or None.
+        """
+        self._need(self.lm_head, "a text decoder")
+        return hidden, self.lm_head.weight, None
+
+    def next_token_logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (n, V) of states (n, D) of `decode`."""
+        return _full(F.linear(*self.lm_head_inputs(hidden)))
 
     def match(self, fused: Ragged) -> Tensor:
         """Image-text matching logits (R, 2) from the first token of each row; index 1 says "they

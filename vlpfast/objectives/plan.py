@@ -35,6 +35,7 @@ class Plan:
         masked_text: the text tower also reads the masked texts, in the same call.
         fusion: groups of rows of the one fusion call; empty where no objective needs fusion.
         hard_negatives: the contrastive loss also draws hard negatives.
+        decodes: the text decoder reads the images too.
         masked_image: the image tower also reads the images with hidden regions, in the same call.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     fusion: tuple[Rows, ...]
     hard_negatives: bool
     masked_image: bool = False
+    decodes: bool = False
 
     @classmethod
     def of(cls, config: ObjectivesConfig) -> Plan:
@@ -52,7 +54,8 @@ class Plan:
             matching = (Rows.MIXED,)
         masked = (Rows.MASKED,) if config.mlm else ()
         hidden = (Rows.MASKED_IMAGE,) if config.masks_regions else ()
-        return cls(bool(config.mlm), matching + masked + hidden, hard, config.masks_regions)
+        fusion = matching + masked + hidden
+        return cls(bool(config.mlm), fusion, hard, config.masks_regions, bool(config.lm))
 
     def fusion_rows(
         self,

@@ -17,6 +17,7 @@ NEEDS = {
     "mrfr": ("region heads",),
     "mrc": ("region heads",),
     "mrckl": ("region heads",),
+    "lm": ("a text decoder",),
 }
 
 
