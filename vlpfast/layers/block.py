@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlpfast.layers.keys import KeyCache
 from vlpfast.ops.attention import attention
 from vlpfast.ops.bias_gelu import bias_gelu
 from vlpfast.ops.residual_norm import residual_norm
@@ -26,12 +27,15 @@ class Layout:
         blocks: one int per token, a key is visible iff its block is not above the query's; or
             "causal".
         bias (H, N, N): added to the scores of self-attention; of packed sequences N is `max_len`.
+        cache: earlier tokens' keys, for packed sequences of `max_len` tokens each that go on from
+            there; what they see is then all before and up to themselves.
     """
 
     cu_seqlens: Tensor | None = None
     max_len: int | None = None
     blocks: Tensor | Literal["causal"] | None = None
     bias: Tensor | None = None
+    cache: KeyCache | None = None
 
 
 class CrossKeys(NamedTuple):
@@ -107,6 +111,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, seed: int = 0) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        if layout.cache is not None:
+            return self.out(layout.cache.attend(self, q, k, v).flatten(-2))
         mixed = attention(
             q,
             k,
@@ -179,7 +185,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, optional cross-attention, MLP, with residual sums.
+    """Self-attention, optional cross-attention, MLP, with residual sums; `mlp_between` puts another
+    MLP before the cross-attention.
 
     The state that passes between blocks is (branch, residual): the last branch's output, not yet
         added, and the sum of all
@@ -199,15 +206,19 @@ class Block(nn.Module):
         attention_dropout: float = 0.0,
         cross: bool = False,
         layer_scale: float = 0.0,
+        mlp_between: bool = False,
     ) -> None:
         super().__init__()
         self.post_norm = norm == "post"
         sub_norm_eps = norm_eps if norm == "sub" else None
         self.attention = SelfAttention(dim, heads, attention_dropout, layer_scale, sub_norm_eps)
         self.norm1 = ResidualNorm(dim, norm_eps, dropout)
+        hidden = int(dim * mlp_ratio)
+        self.mlp_between = Mlp(dim, hidden, activation) if mlp_between else None
+        self.norm_between = ResidualNorm(dim, norm_eps, dropout) if mlp_between else None
         self.cross = CrossAttention(dim, heads, attention_dropout, layer_scale) if cross else None
         self.norm_cross = ResidualNorm(dim, norm_eps, dropout) if cross else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation, layer_scale, sub_norm_eps)
+        self.mlp = Mlp(dim, hidden, activation, layer_scale, sub_norm_eps)
         self.norm2 = ResidualNorm(dim, norm_eps, dropout)
 
     def forward(
@@ -219,6 +230,8 @@ class Block(nn.Module):
         seed: int = 0,
     ) -> tuple[Tensor | None, Tensor]:
         branches = [(self.norm1, lambda x: self.attention(x, layout, fold_seed(seed, 1)))]
+        if self.mlp_between is not None:
+            branches.append((self.norm_between, self.mlp_between))
         if self.cross is not None:
             branches.append(
                 (self.norm_cross, lambda x: self.cross(x, layout, keys, fold_seed(seed, 2)))

@@ -101,19 +101,18 @@ class TokenEmbedding(nn.Module):
         self.token_type = nn.Parameter(torch.empty(token_types, dim)) if token_types else None
         self.norm = ResidualNorm(dim, norm_eps) if norm_eps is not None else None
 
-    def forward(self, text: Ragged) -> Tensor:
-        """Packed ids (T,) -> (T, dim).
+    def forward(self, text: Ragged, start: int = 0) -> Tensor:
+        """Packed ids (T,) -> (T, dim); the sequences' first tokens stand at position `start`.
 
         Raises:
             ValueError: a sequence may be longer than `context_length`.
         """
-        if text.max_len > self.context_length:
-            raise ValueError(
-                f"text must have at most {self.context_length} tokens, got {text.max_len}"
-            )
+        end = start + text.max_len
+        if end > self.context_length:
+            raise ValueError(f"text must have at most {self.context_length} tokens, got {end}")
         x = nn.functional.embedding(text.values, self.token)
         if self.position is not None:
-            x = x + self.position[text.positions()]
+            x = x + self.position[start + text.positions()]
         if self.token_type is not None:
             x = x + self.token_type[0]
         return x if self.norm is None else self.norm(x)[0]

@@ -62,8 +62,11 @@ class VisionConfig(StackConfig):
             own; of "patches", where none are dropped.
         class_token: whether a learned token stands before the patches (SigLIP has none).
         pool: "first" takes the class token, "mean" averages all tokens (FLIP), "map" lets a learned
-            query attend to them (SigLIP). Of a CNN, "mean" pools the last feature map (ALIGN) and
-            "first" takes the vector that its classifier reads (VSE++).
+            query attend to them (SigLIP), "cascade" lets `num_queries` learned queries attend to
+            them, which are then the image's tokens, and one more query to those (CoCa). Of a CNN,
+            "mean" pools the last feature map (ALIGN) and "first" takes the vector that its
+            classifier reads (VSE++).
+        num_queries: of pool "cascade".
         unit_features: L2-normalise the pooled features before they are projected (VSE++).
         patch_dropout: share of patches dropped in training, before they are embedded (FLIP).
         patch_dropout_steps: optimizer steps for which they are; 0 is all. What follows is FLIP's
@@ -81,7 +84,7 @@ class VisionConfig(StackConfig):
     position: Literal["learned", "sincos", "none"] = "learned"
     relative_bias: Literal["none", "shared", "layer"] = "none"
     class_token: bool = True
-    pool: Literal["first", "mean", "map"] = "first"
+    pool: Literal["first", "mean", "map", "cascade"] = "first"
     unit_features: bool = False
     patch_dropout: float = 0.0
     patch_dropout_steps: int = 0
@@ -90,6 +93,7 @@ class VisionConfig(StackConfig):
     cnn: str = "small"
     region_dim: int = 0
     region_classes: int = 0
+    num_queries: int = 0
 
     def num_kept(self, num_patches: int) -> int:
         """Of `num_patches`, how many a training step sees."""
@@ -113,7 +117,9 @@ class TextConfig(StackConfig):
         vocab_size: rows of the token table.
         context_length: longest sequence, tokens.
         causal: each token sees itself and earlier ones only (CLIP).
-        pool: "first" takes the start token, "last" the end token.
+        pool: "first" takes the start token, "last" the end token; "appended" a learned class token
+            after it, whose position is the table's last whatever the text's length, and fusion then
+            reads the others before the last norm (CoCa).
         embed_norm: LayerNorm after the embeddings (BERT).
         token_types: rows of the token-type table; text uses row 0 (BERT has 2, CLIP none).
         position: "learned", or "none", where the stack has a relative bias.
@@ -124,7 +130,7 @@ class TextConfig(StackConfig):
     vocab_size: int = 4096
     context_length: int = 77
     causal: bool = False
-    pool: Literal["first", "last"] = "last"
+    pool: Literal["first", "last", "appended"] = "last"
     embed_norm: bool = False
     token_types: int = 0
     position: Literal["learned", "none"] = "learned"
@@ -147,6 +153,10 @@ class FusionConfig(StackConfig):
             between patches, between words, and from one modality to the other (VLMo); needs all
             patches of images, and order "image": a token's place is then its place in the sequence.
         key_bias: whether the projection of keys has a bias, which no softmax sees.
+        causal: each text token sees itself and earlier ones only, and the image: fusion then
+            decodes and has no matching head ("cross" only; CoCa).
+        key_norm: a LayerNorm for each layer before images' keys and values (open_clip's CoCa).
+        mlp_between: an MLP before cross-attention too (open_clip's CoCa).
     """
 
     kind: Literal["cross", "concat"] = "cross"
@@ -157,6 +167,9 @@ class FusionConfig(StackConfig):
     order: Literal["text", "image"] = "text"
     relative_bias: bool = False
     key_bias: bool = True
+    causal: bool = False
+    key_norm: bool = False
+    mlp_between: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,6 +198,8 @@ class ModelConfig:
         joint_embedding: whether images and texts have a second embedding each, of the layers that
             have experts for both modalities (VLMo).
         match_head: whether a model with fusion tells pairs that match from others.
+        lm_head: what predicts the next token of a text that is decoded: "linear" is a vocabulary
+            weight of its own (CoCa); "none": the model writes no text.
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
     """
@@ -201,6 +216,7 @@ class ModelConfig:
     mlm_tied: bool = True
     joint_embedding: bool = False
     match_head: bool = True
+    lm_head: Literal["none", "linear"] = "none"
     region_heads: bool = False
     projection_bias: bool = False
     image_projection: bool = True
@@ -234,6 +250,15 @@ class ModelConfig:
             raise ValueError(
                 f"vision.dim must equal text.dim {self.text.dim} where they share a sequence, "
                 f"got {self.vision.dim}"
+            )
+        if self.fusion.causal and (self.fusion.kind != "cross" or not self.text.causal):
+            raise ValueError(
+                "fusion.causal needs fusion.kind 'cross' and text.causal True: what decodes must "
+                f"not see later words, got {self.fusion.kind!r} and {self.text.causal}"
+            )
+        if (self.lm_head != "none") != self.fusion.causal:
+            raise ValueError(
+                f"lm_head goes with fusion.causal, got {self.lm_head!r} and {self.fusion.causal}"
             )
         if self.region_heads and self.vision.front != "regions":
             raise ValueError(
@@ -288,10 +313,15 @@ class ModelConfig:
             )
         if vision.keep_multiple < 1:
             raise ValueError(f"vision.keep_multiple must be >= 1, got {vision.keep_multiple}")
-        if vision.front == "cnn" and (vision.pool == "map" or vision.patch_dropout):
+        if vision.front == "cnn" and (vision.pool in ("map", "cascade") or vision.patch_dropout):
             raise ValueError(
-                "vision.pool 'map' and vision.patch_dropout are for patches, not for "
+                "vision.pool 'map' and 'cascade' and vision.patch_dropout are for patches, not for "
                 "vision.front 'cnn'"
+            )
+        if (vision.pool == "cascade") != (vision.num_queries > 0):
+            raise ValueError(
+                "vision.num_queries must be > 0 with vision.pool 'cascade', and 0 with others, got "
+                f"{vision.num_queries}"
             )
         if vision.front == "patches" and vision.pool == "first" and not vision.class_token:
             raise ValueError("vision.pool 'first' takes the class token: set vision.class_token")
@@ -319,9 +349,10 @@ class ModelConfig:
             "a joint space": self.embed_dim > 0,
             "a learned scale": self.embed_dim > 0 and self.scale != "none",
             "a learned bias": self.logit_bias,
-            "a fusion tower": self.fusion.depth > 0,
+            "a fusion tower": self.fusion.depth > 0 and not self.fusion.causal,
             "a matching head": self.fusion.depth > 0 and self.match_head,
-            "fused image tokens": self.one_stack,
+            "a text decoder": self.lm_head != "none",
+            "fused image tokens": self.fusion.depth > 0 and self.fusion.kind == "concat",
             "one stack for both": self.one_stack,
             "a token head": self.mlm_head,
             "region heads": self.region_heads,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
 from vlpfast.layers.embedding import PatchEmbedding, TokenEmbedding
 from vlpfast.layers.grid import GridEmbedding
-from vlpfast.layers.pooler import MapPooler
+from vlpfast.layers.keys import KeyCache, KeyNorm
+from vlpfast.layers.pooler import MapPooler, QueryPooler
 from vlpfast.layers.position_bias import RelativeBias, window_displacements
 from vlpfast.layers.region import RegionEmbedding
 from vlpfast.models.config import FusionConfig, ModelConfig, StackConfig, TextConfig, VisionConfig
@@ -29,7 +30,9 @@ from vlpfast.regions import Regions
 _EXPERT = re.compile(r"\.(text|image|joint)(?=\.)")
 
 
-def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
+def _blocks(
+    config: StackConfig, *, cross: bool = False, mlp_between: bool = False
+) -> nn.ModuleList:
     return nn.ModuleList(
         Block(
             config.dim,
@@ -42,6 +45,7 @@ def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
             attention_dropout=config.attention_dropout,
             cross=cross,
             layer_scale=config.layer_scale,
+            mlp_between=mlp_between,
         )
         for _ in range(config.depth)
     )
@@ -97,17 +101,17 @@ class VisionTower(nn.Module):
         self.relative_bias = _relative_bias(config, model)
         self.blocks = _blocks(config)
         self.norm = _final_norm(config)
-        self.pooler = (
-            MapPooler(
+        queries = lambda count: QueryPooler(config.dim, config.heads, count, config.norm_eps)
+        self.queries = queries(config.num_queries) if config.num_queries else None
+        self.pooler = queries(1) if config.pool == "cascade" else None
+        if config.pool == "map":
+            self.pooler = MapPooler(
                 config.dim,
                 config.heads,
                 mlp_ratio=config.mlp_ratio,
                 norm_eps=config.norm_eps,
                 activation=config.activation,
             )
-            if config.pool == "map"
-            else None
-        )
         self.mean_pool = config.pool == "mean"
 
     def forward(
@@ -126,6 +130,8 @@ class VisionTower(nn.Module):
         ):
             branch, residual = block(branch, residual, here, seed=fold_seed(seed, number))
         out = _finish(self.norm, branch, residual, seed)
+        if self.queries is not None:
+            out = self.queries(out)
         return out if packed is None else packed.with_values(out)
 
     def _layouts(self, layout: Layout) -> list[Layout]:
@@ -139,33 +145,52 @@ class VisionTower(nn.Module):
     def pool(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, D), as `VisionConfig.pool` says."""
         if self.pooler is not None:
-            return self.pooler(tokens)
+            return self.pooler(tokens).flatten(1)
         return tokens.mean(1) if self.mean_pool else tokens[:, 0]
 
 
 class TextTower(nn.Module):
-    """Packed token ids -> packed tokens (T, D)."""
+    """Packed token ids -> packed tokens (T, D); with `pool` "appended" each sequence has its class
+    token at the end, and only that is normalised.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
+        appended = config.pool == "appended"
         self.embedding = TokenEmbedding(
             config.dim,
             vocab_size=config.vocab_size,
-            context_length=config.context_length,
+            context_length=config.context_length + int(appended),
             token_types=config.token_types,
             norm_eps=config.norm_eps if config.embed_norm else None,
             position=config.position,
         )
+        self.class_token = nn.Parameter(torch.empty(config.dim)) if appended else None
         self.causal = config.causal
         self.blocks = _blocks(config)
         self.norm = _final_norm(config)
 
-    def forward(self, text: Ragged, seed: int = 0) -> Ragged:
-        branch, residual = None, self.embedding(text)
-        layout = Layout(text.cu_seqlens, text.max_len, "causal" if self.causal else None)
+    def forward(self, text: Ragged, seed: int = 0, cache: KeyCache | None = None) -> Ragged:
+        """With a `cache`, `text` goes on from the tokens that are in it, and no class token ends
+        it.
+        """
+        ids, start = text, 0 if cache is None else cache.length
+        text = text.with_values(self.embedding(ids, start))
+        if self.class_token is not None and cache is None:
+            last = self.class_token + self.embedding.position[-1]
+            text = text.append(last.to(text.values.dtype).expand(len(text), -1))
+        branch, residual = None, text.values
+        layout = Layout(text.cu_seqlens, text.max_len, "causal" if self.causal else None, cache)
         for number, block in enumerate(self.blocks):
             branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
-        return text.with_values(_finish(self.norm, branch, residual, seed))
+        if self.class_token is None:
+            return text.with_values(_finish(self.norm, branch, residual, seed))
+        out = residual + branch
+        if cache is None:
+            last = text.last()
+            normed = self.norm(branch[last], residual[last], fold_seed(seed, -1))[0]
+            out = out.index_copy(0, last, normed.to(out.dtype))
+        return text.with_values(out)
 
 
 class ImageKeys(NamedTuple):
@@ -189,22 +214,35 @@ class FusionTower(nn.Module):
     One GEMM projects keys and values for all layers.
     """
 
-    def __init__(self, config: StackConfig, image_dim: int) -> None:
+    def __init__(self, config: FusionConfig, image_dim: int) -> None:
         super().__init__()
-        self.heads, self.depth = config.heads, config.depth
+        self.heads, self.depth, self.causal = config.heads, config.depth, config.causal
+        self.key_norm = (
+            KeyNorm(image_dim, config.depth, config.norm_eps) if config.key_norm else None
+        )
         self.image_kv = nn.Linear(image_dim, config.depth * 2 * config.dim)
-        self.blocks = _blocks(config, cross=True)
+        self.blocks = _blocks(config, cross=True, mlp_between=config.mlp_between)
         self.norm = _final_norm(config)
 
     def image_keys(self, image_tokens: Tensor) -> ImageKeys:
         """Image tokens (B, N, D_image) -> keys and values of every layer."""
-        return ImageKeys(self.image_kv(image_tokens).unflatten(-1, (self.depth, 2, self.heads, -1)))
+        if self.key_norm is None:
+            kv = self.image_kv(image_tokens)
+        else:
+            kv = self.key_norm(image_tokens, self.image_kv)
+        return ImageKeys(kv.unflatten(-1, (self.depth, 2, self.heads, -1)))
 
     def forward(
-        self, text: Ragged, keys: ImageKeys, kv_index: Tensor, seed: int = 0
+        self,
+        text: Ragged,
+        keys: ImageKeys,
+        kv_index: Tensor,
+        seed: int = 0,
+        cache: KeyCache | None = None,
     ) -> FusedOutput:
+        """With a `cache`, `text` goes on from the tokens that are in it."""
         branch, residual = None, text.values
-        layout = Layout(text.cu_seqlens, text.max_len)
+        layout = Layout(text.cu_seqlens, text.max_len, "causal" if self.causal else None, cache)
         for number, block in enumerate(self.blocks):
             branch, residual = block(
                 branch, residual, layout, keys.layer(number, kv_index), fold_seed(seed, number)
@@ -303,6 +341,8 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
             ("embedding.token", "token_type", "class_token", "modality", ".kind", "probe")
         ):
             nn.init.normal_(parameter, std=0.02)
+        elif name.endswith(".query"):
+            nn.init.normal_(parameter)
         elif name.endswith("position"):
             nn.init.normal_(parameter, std=0.02 if post else 0.01)
         elif name.endswith("embedding.weight"):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlpfast.layers.block import ResidualNorm
+from vlpfast.layers.keys import KeyCache
 from vlpfast.layers.region import RegionHeads
 from vlpfast.models.config import ModelConfig
 from vlpfast.models.encoders import CnnTower, GruTower
@@ -90,6 +91,11 @@ class VLPModel(nn.Module):
         self.pooler = nn.Linear(fusion.dim, fusion.dim) if fusion.pooler else None
         matches = fusion.depth and config.match_head
         self.match_head = nn.Linear(fusion.dim, 2) if matches else None
+        self.lm_head = (
+            nn.Linear(fusion.dim, text.vocab_size, bias=False)
+            if config.lm_head == "linear"
+            else None
+        )
         self.token_head = (
             TokenHead(
                 text.dim,
@@ -135,18 +141,19 @@ class VLPModel(nn.Module):
         if self.joint_heads is not None:
             for projection in (self.joint_heads.image, self.joint_heads.text):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-        heads = (self.match_head, self.token_head, self.pooler, self.region_heads)
+        heads = (self.match_head, self.token_head, self.pooler, self.region_heads, self.lm_head)
         for head in (m for part in heads if part is not None for m in part.modules()):
             if isinstance(head, nn.Linear):
                 nn.init.normal_(head.weight, std=0.02)
-                nn.init.zeros_(head.bias)
+                if head.bias is not None:
+                    nn.init.zeros_(head.bias)
             elif isinstance(head, TokenHead) and head.weight is not None:
                 nn.init.normal_(head.weight, std=0.02)
 
     @property
     def has_fusion(self) -> bool:
-        """Whether image and text meet in a fusion tower."""
-        return self.fusion is not None
+        """Whether image and text meet in a fusion tower that can match them."""
+        return self.match_head is not None
 
     @property
     def has_joint_space(self) -> bool:
@@ -229,6 +236,9 @@ class VLPModel(nn.Module):
         tokens = self.text(text, seed)
         if self.text_projection is None or num_embedded == 0:
             return TextOutput(tokens, None)
+        if self.config.text.pool == "appended":
+            embedding = _unit(self.text_projection(tokens.values[tokens.last()]))
+            return TextOutput(tokens.without_last(), embedding)
         embedded = tokens
         if num_embedded is not None and num_embedded < len(tokens):
             embedded = tokens.select(torch.arange(num_embedded, device=tokens.values.device))
@@ -284,6 +294,45 @@ class VLPModel(nn.Module):
             return self.fusion(text_tokens, keys, kv_index, seed)
         self._need(self.fusion if self.config.one_stack else None, "one stack for both")
         return self.fusion(text_tokens, keys, kv_index, seed, text_blocks=text_blocks)
+
+    def decode(
+        self,
+        text: Ragged,
+        keys: ImageKeys,
+        kv_index: Tensor,
+        *,
+        tokens: Ragged | None = None,
+        cache: KeyCache | None = None,
+        seed: int = 0,
+    ) -> Ragged:
+        """Packed states (T, D), each of which predicts the token after its own: it has seen the
+        text up to itself, and its image.
+
+        Args:
+            text: packed token ids of R texts, or with a `cache` what follows the tokens in it.
+            keys: `image_keys` of the images.
+            kv_index (R,): int64, the image each text reads.
+            tokens: `encode_text(text).tokens` where it has run already.
+            cache: keys of the tokens so far, of R texts; the caller advances it.
+            seed: keys dropout in training.
+        """
+        self._need(self.lm_head, "a text decoder")
+        if cache is not None:
+            tokens = self.text(text, seed, cache)
+        elif tokens is None:
+            tokens = self.encode_text(text, seed=seed).tokens
+        return self.fusion(tokens, keys, kv_index, seed, cache).text
+
+    def lm_head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of states (n, D) of `decode`, what `ops.linear_cross_entropy` takes: states, vocabulary
+        weight (V, D), bias (V,) or None.
+        """
+        self._need(self.lm_head, "a text decoder")
+        return hidden, self.lm_head.weight, None
+
+    def next_token_logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (n, V) of states (n, D) of `decode`."""
+        return _full(F.linear(*self.lm_head_inputs(hidden)))
 
     def match(self, fused: Ragged) -> Tensor:
         """Image-text matching logits (R, 2) from the first token of each row; index 1 says "they

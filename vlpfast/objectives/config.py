@@ -7,7 +7,19 @@ from typing import Literal
 
 from vlpfast.ops.seed import fold_seed
 
-OBJECTIVES = ("itc", "sigmoid", "hinge", "itm", "mlm", "wra", "mrfr", "mrc", "mrckl", "mtm")
+OBJECTIVES = (
+    "itc",
+    "sigmoid",
+    "hinge",
+    "itm",
+    "mlm",
+    "mtm",
+    "lm",
+    "wra",
+    "mrfr",
+    "mrc",
+    "mrckl",
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,8 @@ class ObjectivesConfig:
             sees earlier words only, and an image no words (BEiT-3's captioning).
         mtm: masked text modelling: the same on texts alone, `mtm_probability` of whose tokens are
             masked (VLMo's second stage, BEiT-3).
+        lm: each next token of a caption, by the decoder that reads the image; `lm_label_smoothing`
+            of its targets.
         wra: word-region alignment of the pairs that random matching sees, by optimal transport;
             `wra_tokens` "all" as UNITER, "inner" as ViLT (`objectives.regions.aligned_masks`).
         mrfr, mrc, mrckl: hidden regions' features, classes, and class distributions.
@@ -57,6 +71,8 @@ class ObjectivesConfig:
     mtm: float = 0.0
     mtm_probability: float = 0.15
     mlm_causal: bool = False
+    lm: float = 0.0
+    lm_label_smoothing: float = 0.0
     itm_negatives: Literal["hard", "random"] = "hard"
     wra_tokens: Literal["all", "inner"] = "all"
     mrm_probability: float = 0.15

@@ -91,7 +91,8 @@ def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: 
     texts += [batch.masked_alone] if plan.masked_alone else []
     embedded = len(batch) if plan.contrast else 0
     text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2), num_embedded=embedded)
-    return Encoded(model, image, text, model.image_keys(image.tokens) if plan.fusion else None)
+    keys = model.image_keys(image.tokens) if plan.fusion or plan.decodes else None
+    return Encoded(model, image, text, keys)
 
 
 def fuse(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) -> FusedOutput:

@@ -36,6 +36,7 @@ class Plan:
         masked_text: the text tower also reads the masked texts, in the same call.
         fusion: groups of rows of the one fusion call; empty where no objective needs fusion.
         hard_negatives: the contrastive loss also draws hard negatives.
+        decodes: the text decoder reads the images too.
         masked_image: the image tower also reads the images with hidden regions, in the same call.
         masked_alone: the text tower also reads the texts masked for modelling without images.
         contrast: embeddings of the batch are wanted.
@@ -49,6 +50,7 @@ class Plan:
     masked_alone: bool = False
     contrast: bool = True
     causal: bool = False
+    decodes: bool = False
 
     @classmethod
     def of(cls, config: ObjectivesConfig) -> Plan:
@@ -68,6 +70,7 @@ class Plan:
             bool(config.mtm),
             bool(config.itc or config.sigmoid or config.hinge),
             bool(config.mlm) and config.mlm_causal,
+            bool(config.lm),
         )
 
     def fusion_rows(

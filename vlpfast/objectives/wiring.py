@@ -18,6 +18,7 @@ NEEDS = {
     "mrc": ("region heads",),
     "mrckl": ("region heads",),
     "mtm": ("one stack for both", "a token head"),
+    "lm": ("a text decoder",),
 }
 
 

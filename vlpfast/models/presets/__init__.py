@@ -10,13 +10,14 @@ from dataclasses import fields, replace
 
 from vlpfast.config import close_match
 from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets import concat, cross, dual, experts
+from vlpfast.models.presets import caption, concat, cross, dual, experts
 
 _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "albef": cross.albef,
     "align": dual.align,
     "beit3": experts.beit3,
     "clip": dual.clip,
+    "coca": caption.coca,
     "flip": dual.flip,
     "pixel-bert": concat.pixel_bert,
     "siglip": dual.siglip,
