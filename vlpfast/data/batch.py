@@ -31,6 +31,11 @@ class Batch:
         mlm_labels (T,): int64 original ids at masked positions, -100 elsewhere, or None.
         regions: of the images, what a detector says of them, or None.
         masked_regions: `regions` with some hidden for masked region modelling, or None.
+        hidden_patches (B, K): int64 ascending ids of the patches hidden for masked image modelling,
+            or None.
+        codes (B, P): int64, what a frozen tokenizer makes of each patch of the clean images, or
+            None.
+        features (B, P, E): what a frozen teacher makes of them, or None.
     """
 
     images: Tensor
@@ -42,6 +47,9 @@ class Batch:
     mlm_labels: Tensor | None = None
     regions: Regions | None = None
     masked_regions: Regions | None = None
+    hidden_patches: Tensor | None = None
+    codes: Tensor | None = None
+    features: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -59,6 +59,9 @@ class VisionConfig(StackConfig):
         relative_bias: a learned bias of attention for each head and displacement between patches
             and class token: "shared" by all layers (BEiT's pre-training), or each "layer" has its
             own; of "patches", where none are dropped.
+        head_layers, early_layers: blocks of the class token's head (BEiT v2), 0: none. Of masked
+            images, they read the last class token and the patches as they are after `early_layers`
+            blocks: hidden patches are told from what the class token gathered.
         class_token: whether a learned token stands before the patches (SigLIP has none).
         pool: "first" takes the class token, "mean" averages all tokens (FLIP), "map" lets a learned
             query attend to them (SigLIP). Of a CNN, "mean" pools the last feature map (ALIGN) and
@@ -79,6 +82,8 @@ class VisionConfig(StackConfig):
     embed_norm: bool = False
     position: Literal["learned", "sincos", "none"] = "learned"
     relative_bias: Literal["none", "shared", "layer"] = "none"
+    head_layers: int = 0
+    early_layers: int = 0
     class_token: bool = True
     pool: Literal["first", "mean", "map"] = "first"
     unit_features: bool = False
@@ -108,7 +113,7 @@ class TextConfig(StackConfig):
 
     Attributes:
         kind: "transformer", or "gru": `depth` layers of gated recurrent units of width `dim` over
-            word vectors of width `word_dim` (VSE++).
+            word vectors of width `word_dim` (VSE++); or "none": the model reads images alone.
         vocab_size: rows of the token table.
         context_length: longest sequence, tokens.
         causal: each token sees itself and earlier ones only (CLIP).
@@ -117,7 +122,7 @@ class TextConfig(StackConfig):
         token_types: rows of the token-type table; text uses row 0 (BERT has 2, CLIP none).
     """
 
-    kind: Literal["transformer", "gru"] = "transformer"
+    kind: Literal["transformer", "gru", "none"] = "transformer"
     word_dim: int = 0
     vocab_size: int = 4096
     context_length: int = 77
@@ -144,6 +149,26 @@ class FusionConfig(StackConfig):
 
 
 @dataclass(frozen=True)
+class CodebookConfig:
+    """A visual tokenizer on the vision tower (VQ-KD).
+
+    Attributes:
+        size, dim: number of codes (0: there is none) and their width.
+        decay: of the codes' moving averages, a step.
+        revive_below: a code is moved when its use falls below this part of the mean use.
+        decoder_depth: blocks between codes and the teacher's features.
+        target_dim: width of the features; training sets it to the teacher's.
+    """
+
+    size: int = 0
+    dim: int = 32
+    decay: float = 0.99
+    revive_below: float = 0.01
+    decoder_depth: int = 3
+    target_dim: int = 512
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model.
 
@@ -165,6 +190,9 @@ class ModelConfig:
         vision, text, fusion: the stacks; `fusion.depth` 0 is a dual-tower model.
         mlm_head: whether the model predicts tokens (BERT's transform with the token table tied).
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
+        codes: of how many codes it predicts those of hidden patches (BEiT), 0: of none; training
+            sets it to the tokenizer's.
+        codebook: of a model that is a tokenizer.
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
     """
 
@@ -177,6 +205,8 @@ class ModelConfig:
     fusion: FusionConfig = field(default_factory=lambda: FusionConfig(dim=0, depth=0, heads=1))
     mlm_head: bool = False
     region_heads: bool = False
+    codes: int = 0
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
     projection_bias: bool = False
     image_projection: bool = True
     text_projection: bool = True
@@ -223,6 +253,7 @@ class ModelConfig:
                 )
         self._check_vision()
         self._check_text()
+        self._check_codes()
 
     def _check_vision(self) -> None:
         vision = self.vision
@@ -252,12 +283,32 @@ class ModelConfig:
 
     def _check_text(self) -> None:
         text = self.text
+        if text.kind == "none" and (self.embed_dim or self.mlm_head or self.fusion.depth):
+            raise ValueError(
+                "text.kind 'none' is a model of images alone: embed_dim, mlm_head and fusion.depth "
+                "must be 0"
+            )
         if text.kind == "gru" and text.word_dim < 1:
             raise ValueError(f"text.word_dim of kind 'gru' must be > 0, got {text.word_dim}")
         if text.kind == "gru" and (self.mlm_head or self.fusion.depth):
             raise ValueError(
                 "text.kind 'gru' has neither fusion nor a token head: its states see earlier words "
                 "only, and its words are narrower than its states"
+            )
+
+    def _check_codes(self) -> None:
+        vision = self.vision
+        if (self.codes or self.codebook.size) and vision.front != "patches":
+            raise ValueError(
+                "codes and codebook are of patches: vision.front must be 'patches', "
+                f"got {vision.front!r}"
+            )
+        early = 0 < vision.early_layers < vision.depth
+        if vision.head_layers and not (self.codes and early and vision.norm == "pre"):
+            raise ValueError(
+                "vision.head_layers needs codes > 0, vision.norm 'pre' and vision.early_layers "
+                f"between 0 and vision.depth {vision.depth}, got codes {self.codes}, norm "
+                f"{vision.norm!r}, early_layers {vision.early_layers}"
             )
 
     @property
@@ -271,6 +322,9 @@ class ModelConfig:
             "fused image tokens": self.fusion.depth > 0 and self.fusion.kind == "concat",
             "a token head": self.mlm_head,
             "region heads": self.region_heads,
+            "a text tower": self.text.kind != "none",
+            "a code head": self.codes > 0,
+            "a codebook": self.codebook.size > 0,
         }
         return tuple(part for part, present in has.items() if present)
 

@@ -12,11 +12,13 @@ from vlpfast.ragged import Ragged
 @dataclass(frozen=True)
 class ImageOutput:
     """tokens (B, N, D): class token first; of regions packed (T, D). embedding (B, E):
-    L2-normalised, in the joint space; None where the model has none.
+    L2-normalised, in the joint space; None where the model has none. class_head (B, N, D): of
+    masked images, what the class token's head makes of them; None where the model has none.
     """
 
     tokens: Tensor | Ragged
     embedding: Tensor | None
+    class_head: Tensor | None = None
 
 
 @dataclass(frozen=True)

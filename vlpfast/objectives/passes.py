@@ -24,13 +24,13 @@ Loss = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the towers of `model` made of a batch: images (B), clean texts (B), then masked texts
-    (B) where the plan has them, and the images' keys where it fuses.
+    """What the towers of `model` made of a batch: images (B), then masked images (B), clean texts
+    (B), then masked texts (B), of these what the plan has, and the images' keys where it fuses.
     """
 
     model: VLPModel
     image: ImageOutput
-    text: TextOutput
+    text: TextOutput | None
     keys: ImageKeys | Ragged | None
 
 
@@ -81,13 +81,28 @@ class Passes:
 
 def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: Plan) -> Encoded:
     """Each tower once: images, `kept` (B, K) of whose patches it embeds, and the plan's texts."""
-    images = batch.visual(model.config.vision.front)
-    if plan.masked_image:
-        images = Regions.cat([images, batch.masked_regions])
-    image = model.encode_image(images, kept, seed=fold_seed(seed, 1))
+    images, hidden = _images(model, batch, plan)
+    image = model.encode_image(images, kept, seed=fold_seed(seed, 1), hidden=hidden)
+    if not plan.text:
+        return Encoded(model, image, None, None)
     texts = [batch.text, batch.masked_text] if plan.masked_text else [batch.text]
     text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2))
     return Encoded(model, image, text, model.image_keys(image.tokens) if plan.fusion else None)
+
+
+def _images(model: VLPModel, batch: Batch, plan: Plan) -> tuple[Tensor | Regions, Tensor | None]:
+    """The images that the plan has, clean ones first, and which patches of them are hidden."""
+    images = batch.visual(model.config.vision.front)
+    if not plan.masked_image:
+        return images, None
+    if isinstance(images, Regions):
+        return Regions.cat([images, batch.masked_regions]), None
+    ids = batch.hidden_patches
+    shape = (len(batch), model.config.num_patches)
+    hidden = torch.zeros(shape, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
+    if not plan.clean_image:
+        return images, hidden
+    return torch.cat([images, images]), torch.cat([torch.zeros_like(hidden), hidden])
 
 
 def fuse(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) -> FusedOutput:

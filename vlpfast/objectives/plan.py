@@ -15,6 +15,9 @@ from torch import Tensor
 
 from vlpfast.objectives.config import ObjectivesConfig
 
+# Objectives that read no text.
+IMAGES_ALONE = {"mim", "vqkd"}
+
 
 class Rows(Enum):
     """Groups of B (text, image) rows of the fusion call, in the order in which they are packed."""
@@ -35,13 +38,18 @@ class Plan:
         masked_text: the text tower also reads the masked texts, in the same call.
         fusion: groups of rows of the one fusion call; empty where no objective needs fusion.
         hard_negatives: the contrastive loss also draws hard negatives.
-        masked_image: the image tower also reads the images with hidden regions, in the same call.
+        masked_image: the image tower also reads the images with hidden regions or patches, in the
+            same call.
+        text, clean_image: the towers read the texts, and the images as they are; only losses on
+            images alone do without.
     """
 
     masked_text: bool
     fusion: tuple[Rows, ...]
     hard_negatives: bool
     masked_image: bool = False
+    text: bool = True
+    clean_image: bool = True
 
     @classmethod
     def of(cls, config: ObjectivesConfig) -> Plan:
@@ -52,7 +60,15 @@ class Plan:
             matching = (Rows.MIXED,)
         masked = (Rows.MASKED,) if config.mlm else ()
         hidden = (Rows.MASKED_IMAGE,) if config.masks_regions else ()
-        return cls(bool(config.mlm), matching + masked + hidden, hard, config.masks_regions)
+        text = config.weights.keys() - IMAGES_ALONE
+        return cls(
+            bool(config.mlm),
+            matching + masked + hidden,
+            hard,
+            config.masks_regions or bool(config.mim),
+            bool(text),
+            bool(text) or bool(config.vqkd),
+        )
 
     def fusion_rows(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlpfast.data.batch import Batch
 from vlpfast.models.vlp import VLPModel
-from vlpfast.objectives import contrast, language, matching, regions
+from vlpfast.objectives import codes, contrast, language, matching, regions
 from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.objectives.passes import Encoded, Loss, Passes, encode, fuse
 from vlpfast.objectives.plan import Plan, Rows
@@ -19,13 +19,15 @@ from vlpfast.objectives.wiring import check_wiring
 from vlpfast.ops.keep_ids import keep_ids
 from vlpfast.ops.seed import fold_seed
 
-# What reads the fused rows, in the order of the log.
+# What reads the fused rows, and then images alone, in the order of the log.
 _AFTER_FUSION = {
     "wra": regions.wra,
     "mlm": language.mlm,
     "mrfr": regions.mrfr,
     "mrc": regions.mrc,
     "mrckl": regions.mrckl,
+    "mim": codes.mim,
+    "vqkd": codes.vqkd,
 }
 
 
@@ -88,7 +90,8 @@ class PretrainStep(nn.Module):
 
         Args:
             batch: with `masked_text` and `mlm_labels` where MLM is enabled, with `regions` where
-                the model reads them, and `masked_regions` where hidden ones are predicted.
+                the model reads them, `masked_regions` where hidden ones are predicted,
+                `hidden_patches` and `codes` for MIM, `features` for VQ-KD.
             seed: keys dropout and hard negatives; the caller varies it by step and rank.
             step: optimizer step, for the ramp of alpha, the end of patch dropping and the choice of
                 objective.
@@ -118,10 +121,12 @@ class PretrainStep(nn.Module):
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """After the optimizer step: bounds the scale, moves the teacher, pushes the step's
-        embeddings into the queue.
+        """After the optimizer step: bounds the scale, moves the teacher and the codes, pushes the
+        step's embeddings into the queue.
         """
         self.model.clamp_scale()
+        if self.model.tokenizer is not None:
+            self.model.tokenizer.codebook.update(fold_seed(self.seed, 3), self.group)
         if self.teacher is not None:
             self.teacher.update(self.model)
         for image, text, ids in self._to_enqueue:

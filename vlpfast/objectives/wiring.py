@@ -17,6 +17,8 @@ NEEDS = {
     "mrfr": ("region heads",),
     "mrc": ("region heads",),
     "mrckl": ("region heads",),
+    "mim": ("a code head",),
+    "vqkd": ("a codebook",),
 }
 
 
@@ -28,6 +30,11 @@ def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
         for part in NEEDS[name]:
             if part not in model.parts:
                 raise ValueError(f"objectives.{name} needs {part}; {missing(model.preset, part)}")
+    if objectives.mim and (model.vision.patch_dropout or model.vision.max_patches):
+        raise ValueError(
+            "objectives.mim hides patches of whole images: model.vision.patch_dropout and "
+            "model.vision.max_patches must be 0"
+        )
     idle = "a learned scale" in model.parts and not (objectives.itc or objectives.sigmoid)
     if objectives.hinge and idle:
         raise ValueError(

@@ -10,17 +10,19 @@ from dataclasses import fields, replace
 
 from vlpfast.config import close_match
 from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets import concat, cross, dual
+from vlpfast.models.presets import codes, concat, cross, dual
 
 _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "albef": cross.albef,
     "align": dual.align,
+    "beit2": codes.beit2,
     "clip": dual.clip,
     "flip": dual.flip,
     "pixel-bert": concat.pixel_bert,
     "siglip": dual.siglip,
     "uniter": concat.uniter,
     "vilt": concat.vilt,
+    "vqkd": codes.vqkd,
     "vse++": dual.vsepp,
 }
 SIZES = ("tiny", "small", "base")
