@@ -10,12 +10,40 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vlpfast.config import close_match
-from vlpfast.recipes import albef, align, beit3, clip, flip, pixel_bert, siglip, uniter, vilt, vsepp
+from vlpfast.recipes import (
+    albef,
+    align,
+    beit2,
+    beit3,
+    clip,
+    flip,
+    pixel_bert,
+    siglip,
+    uniter,
+    vilt,
+    vlmo,
+    vqkd,
+    vsepp,
+)
 from vlpfast.train.config import RunConfig
 
 _RECIPES: dict[str, Callable[[], RunConfig]] = {
     f"{module.__name__.rpartition('.')[2]}_{variant}": recipe
-    for module in (albef, align, beit3, clip, flip, pixel_bert, siglip, uniter, vilt, vsepp)
+    for module in (
+        albef,
+        align,
+        beit2,
+        beit3,
+        clip,
+        flip,
+        pixel_bert,
+        siglip,
+        uniter,
+        vilt,
+        vlmo,
+        vqkd,
+        vsepp,
+    )
     for variant, recipe in module.RECIPES.items()
 }
 
