@@ -133,6 +133,20 @@ def test_rows_alone_may_stand_among_pairs():
 
 
 @torch.no_grad()
+def test_unwanted_images_are_left_after_the_last_attention(tower):
+    text, images = packed([3, 2]), packed([4, 2])
+    whole, rows = tower(text, images, torch.tensor([1, 0])), []
+    for block in tower.blocks:
+        for name in ("text", "image", "joint"):
+            if (mlp := getattr(block.mlp, name)) is not None:
+                mlp.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
+    out = tower(text, images, torch.tensor([1, 0]), images=False)
+    assert out.image is None
+    torch.testing.assert_close(out.text.values, whole.text.values, rtol=0, atol=0)
+    assert rows == [5, 6, 5, 6, 5]
+
+
+@torch.no_grad()
 def test_order_is_layout_only():
     text, images = packed([3, 2]), packed([4, 2])
     first, second = (make("multiway-sub", order=order) for order in ("text", "image"))

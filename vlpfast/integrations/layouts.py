@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from vlpfast.integrations.unilm import unilm_beit3
 from vlpfast.integrations.weights import Layout, Rule
 from vlpfast.models.config import ModelConfig
 
@@ -290,4 +291,5 @@ LAYOUTS: dict[str, dict[str, Callable[[ModelConfig], Layout]]] = {
         "siglip": _transformers_siglip,
     },
     "open_clip": {"clip": _open_clip_clip, "siglip": _open_clip_siglip},
+    "unilm": {"beit3": unilm_beit3},
 }

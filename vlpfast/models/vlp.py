@@ -291,7 +291,7 @@ class VLPModel(nn.Module):
         """Text row r of `text_tokens` reads image `kv_index[r]` (int64) of `keys` -> packed fused
         tokens (T, D).
         """
-        return self.fuse_pairs(text_tokens, keys, kv_index, seed=seed).text
+        return self.fuse_pairs(text_tokens, keys, kv_index, seed=seed, images=False).text
 
     def fuse_pairs(
         self,
@@ -301,15 +301,19 @@ class VLPModel(nn.Module):
         *,
         seed: int = 0,
         text_blocks: Tensor | None = None,
+        images: bool = True,
     ) -> FusedOutput:
-        """`fuse` with the fused image tokens too; `text_blocks` as `ConcatTower.forward`, where one
-        stack serves both modalities.
+        """`fuse` with the fused image tokens too, unless `images` says that they are not wanted;
+        `text_blocks` as `ConcatTower.forward`, where one stack serves both modalities.
         """
         self._need(self.fusion, "a fusion tower")
-        if text_blocks is None:
-            return self.fusion(text_tokens, keys, kv_index, seed)
-        self._need(self.fusion if self.config.one_stack else None, "one stack for both")
-        return self.fusion(text_tokens, keys, kv_index, seed, text_blocks=text_blocks)
+        options: dict[str, Tensor | bool] = {}
+        if text_blocks is not None:
+            self._need(self.fusion if self.config.one_stack else None, "one stack for both")
+            options["text_blocks"] = text_blocks
+        if not images and self.config.fusion.experts != "shared":
+            options["images"] = False
+        return self.fusion(text_tokens, keys, kv_index, seed, **options)
 
     def match(self, fused: Ragged) -> Tensor:
         """Image-text matching logits (R, 2) from the first token of each row; index 1 says "they

@@ -131,7 +131,12 @@ def fuse(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) ->
         masked = (rows.row_ids() // size) == plan.fusion.index(Rows.MASKED)
         blocks = torch.where(masked, rows.positions() + 1, 0)
     return passes.model.fuse_pairs(
-        rows, keys, images, seed=fold_seed(passes.seed, 4), text_blocks=blocks
+        rows,
+        keys,
+        images,
+        seed=fold_seed(passes.seed, 4),
+        text_blocks=blocks,
+        images=plan.masked_image or bool(passes.config.wra),
     )
 
 

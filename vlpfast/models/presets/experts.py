@@ -31,7 +31,7 @@ def beit3(size: str) -> ModelConfig:
             **shape,
             depth=0,
             vocab_size=64010 if base else 4096,
-            context_length=1024 if base else 77,
+            context_length=1022 if base else 77,
             pool="first",
             **eps,
         ),
