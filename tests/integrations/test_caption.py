@@ -55,6 +55,8 @@ def open_clip_coca(model: VLPModel) -> torch.nn.Module:
     )
     # By default its class token sees the first padding place, and not itself.
     peer.text.correct_cls_mask = True
+    # It leaves this matrix as it was allocated.
+    torch.nn.init.normal_(peer.text_decoder.text_projection, std=0.1)
     return shaken(peer)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from vlpfast.layers.block import Block, Layout
 from vlpfast.layers.experts import ExpertBlock, Experts, PairLayout, expert_norm
+from vlpfast.layers.position_bias import pair_displacements
 from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.models.config import FusionConfig
 from vlpfast.models.experts import ExpertTower
@@ -129,6 +130,20 @@ def test_rows_alone_may_stand_among_pairs():
     rows = torch.tensor([0, 2])
     torch.testing.assert_close(mixed.text.select(rows).values, pairs.text.values)
     torch.testing.assert_close(mixed.image.select(rows).values, pairs.image.values)
+
+
+@torch.no_grad()
+def test_unwanted_images_are_left_after_the_last_attention(tower):
+    text, images = packed([3, 2]), packed([4, 2])
+    whole, rows = tower(text, images, torch.tensor([1, 0])), []
+    for block in tower.blocks:
+        for name in ("text", "image", "joint"):
+            if (mlp := getattr(block.mlp, name)) is not None:
+                mlp.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
+    out = tower(text, images, torch.tensor([1, 0]), images=False)
+    assert out.image is None
+    torch.testing.assert_close(out.text.values, whole.text.values, rtol=0, atol=0)
+    assert rows == [5, 6, 5, 6, 5]
 
 
 @torch.no_grad()
@@ -257,6 +272,18 @@ def test_beit3_base_has_the_published_size():
     assert bare == pytest.approx(220.99, abs=0.01)
     assert count(model.image_projection, model.text_projection) == pytest.approx(1.18, abs=0.001)
     assert count(model.token_head) == pytest.approx(49.22, abs=0.01)
+    assert count(model.code_head) == pytest.approx(6.3, abs=0.01)
+    heads = count(model.token_head, model.code_head)
+    assert bare + heads == pytest.approx(276.5, abs=0.05)
+
+
+def test_vlmo_base_has_the_published_size():
+    with torch.device("meta"):
+        model = VLPModel(preset_config("vlmo", "base"))
+    count = lambda *parts: sum(p.numel() for part in parts for p in part.parameters()) / 1e6
+    assert count(model.vision, model.text, model.fusion) == pytest.approx(175.43, abs=0.03)
+    layers = [block.mlp.joint is not None for block in model.fusion.blocks]
+    assert layers == 10 * [False] + 2 * [True]
 
 
 @pytest.fixture
@@ -284,10 +311,108 @@ def test_towers_are_the_stack(beit3):
         expected = F.normalize(beit3.text_projection(state), dim=0)
         torch.testing.assert_close(words.embedding[row], expected, rtol=1e-4, atol=1e-5)
     assert beit3.encode_text(text, num_embedded=0).embedding is None
-    assert beit3.encode_image(images, embed=False).embedding is None
+    assert beit3.encode_image(images, num_embedded=0).embedding is None
     one = beit3.encode_text(text, num_embedded=1)
     torch.testing.assert_close(one.embedding, words.embedding[:1])
+    first = beit3.encode_image(images, num_embedded=1)
+    torch.testing.assert_close(first.embedding, image.embedding[:1])
+    assert len(first.tokens) == 2
     assert len(one.tokens) == 2
+
+
+def displacement(place: tuple, key: tuple, side: int, length: int) -> int:
+    """The kind of one pair of VLMo's tokens: ("image" or "text", number, 0 the first)."""
+    square, (m, i), (n, j) = (2 * side - 1) ** 2, place, key
+    if m != n:
+        return square + 3 + (m == "image")
+    if m == "image" and i and j:
+        (y, x), (v, u) = divmod(i - 1, side), divmod(j - 1, side)
+        return (y - v + side - 1) * (2 * side - 1) + x - u + side - 1
+    if m == "text" and i and j:
+        return square + 5 + (j - i) + length - 2
+    last = square if m == "image" else square + 5 + 2 * length - 3
+    return last + (0 if j else 2 if not i else 1)
+
+
+def test_displacements_by_brute_force():
+    side, length = 3, 5
+    index, kinds = pair_displacements(side, length)
+    tokens = [("image", i) for i in range(10)] + [("text", i) for i in range(length)]
+    expected = [[displacement(a, b, side, length) for b in tokens] for a in tokens]
+    assert index.tolist() == expected
+    assert kinds == (2 * side - 1) ** 2 + 3 + 2 + 2 * length
+    assert index.unique().tolist() == list(range(kinds))
+
+
+@pytest.fixture
+def vlmo():
+    torch.manual_seed(0)
+    model = create_model("vlmo", "tiny", vocab_size=50, image_size=24, context_length=8).eval()
+    with torch.no_grad():
+        model.fusion.relative_bias.table.normal_()
+        for parameter in model.fusion.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def biased(model, parts: dict[str, torch.Tensor], joint: bool) -> dict[str, torch.Tensor]:
+    """VLMo's stack on one row in straight lines, text before image as published; which MLP the last
+    layers use is `joint`.
+    """
+    tower, (side, length) = model.fusion, (3, 8)
+    tokens = [(m, i) for m, x in parts.items() for i in range(len(x))]
+    kinds = torch.tensor([[displacement(a, b, side, length) for b in tokens] for a in tokens])
+    x = {m: t + tower.modality[("text", "image").index(m)] for m, t in parts.items()}
+    sizes = [len(t) for t in x.values()]
+    for number, block in enumerate(tower.blocks):
+        qkv, heads = block.attention.qkv, block.attention.heads
+        q_bias, v_bias = qkv.query_value_bias
+        states = norm(torch.cat(list(x.values())), block.norm1)
+        q, k, v = (states @ qkv.weight.T).chunk(3, 1)
+        q, k, v = ((t.unflatten(1, (heads, -1))) for t in (q + q_bias, k, v + v_bias))
+        bias = tower.relative_bias.table[number][kinds].permute(2, 0, 1)
+        scores = torch.einsum("mhe,nhe->hmn", q, k) * q.shape[-1] ** -0.5 + bias
+        mixed = torch.einsum("hmn,nhe->mhe", scores.softmax(-1), v).flatten(1)
+        out = block.attention.out
+        mixed = (F.linear(mixed, out.weight, out.bias) * out.scale).split(sizes)
+        for (m, t), y in zip(list(x.items()), mixed, strict=True):
+            mlp, t = of(block.mlp, m, joint), t + y
+            hidden = F.gelu(mlp.fc1(norm(t, of(block.norm2, m, joint))))
+            x[m] = t + mlp.fc2.scale * F.linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
+    return {m: norm(t, tower.norm) for m, t in x.items()}
+
+
+@torch.no_grad()
+def test_vlmo_pairs_and_towers_in_straight_lines(vlmo):
+    images = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8)
+    text = Ragged.from_lists([[1, 7, 8, 2], [1, 9, 2]])
+    image, words = vlmo.encode_image(images), vlmo.encode_text(text)
+    fused = vlmo.fuse_pairs(words.tokens, vlmo.image_keys(image.tokens), torch.tensor([1, 0]))
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    for row in range(2):
+        one = torch.tensor([row])
+        x = words.tokens.select(one).values
+        expected = biased(vlmo, {"text": x, "image": image.tokens[1 - row]}, joint=True)
+        torch.testing.assert_close(fused.text.select(one).values, expected["text"], **close)
+        torch.testing.assert_close(fused.image.select(one).values, expected["image"], **close)
+        for name, part, out in (("text", x, words), ("image", image.tokens[row], image)):
+            heads = {"": getattr(vlmo, f"{name}_projection")}
+            heads["joint_"] = getattr(vlmo.joint_heads, name)
+            for prefix, head in heads.items():
+                state = biased(vlmo, {name: part}, joint=bool(prefix))[name][0]
+                found = getattr(out, f"{prefix}embedding")[row]
+                torch.testing.assert_close(found, F.normalize(head(state), dim=0), **close)
+
+
+def test_words_have_an_order_without_positions(vlmo):
+    with torch.no_grad():
+        ab, ba = (
+            vlmo.encode_text(Ragged.from_lists([[1, *pair, 2]])).embedding
+            for pair in ([7, 8], [8, 7])
+        )
+    assert (ab - ba).abs().max() > 1e-4
+    assert vlmo.text.embedding.position is None
+    assert vlmo.vision.embedding.position is None
 
 
 def test_configurations_that_do_not_fit():
@@ -296,9 +421,12 @@ def test_configurations_that_do_not_fit():
         ({"kind": "cross"}, "needs fusion.kind 'concat'"),
         ({"norm": "post"}, "'pre' or 'sub'"),
         ({"experts": "shared"}, "order 'image' need"),
+        ({"relative_bias": True, "order": "text"}, "before the text"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(config, fusion=replace(config.fusion, **change))
+    with pytest.raises(ValueError, match="joint_embedding needs embed_dim"):
+        replace(config, joint_embedding=True)
     model = create_model("beit3", "tiny", vocab_size=50, image_size=32)
     with pytest.raises(ValueError, match="no matching head; presets that have"):
         model.match_logits(torch.zeros(1, 192))

@@ -32,6 +32,11 @@ class Batch:
         masked_alone, alone_labels: the same, masked for modelling without the image, or None.
         regions: of the images, what a detector says of them, or None.
         masked_regions: `regions` with some hidden for masked region modelling, or None.
+        hidden_patches (B, K): int64 ascending ids of the patches hidden for masked image modelling,
+            or None.
+        codes (B, P): int64, what a frozen tokenizer makes of each patch of the clean images, or
+            None.
+        features (B, P, E): what a frozen teacher makes of them, or None.
     """
 
     images: Tensor
@@ -45,6 +50,9 @@ class Batch:
     alone_labels: Tensor | None = None
     regions: Regions | None = None
     masked_regions: Regions | None = None
+    hidden_patches: Tensor | None = None
+    codes: Tensor | None = None
+    features: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -1,8 +1,10 @@
-"""What masked modelling hides of texts and regions, a function of (seed, place in the stream,
-token).
+"""What masked modelling hides of texts, regions and patches, a function of (seed, place in the
+stream, token).
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -14,9 +16,13 @@ from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
 
 IGNORE_INDEX = -100
-# Upper bits of the counter, so that the three numbers of a token are distinct draws of its row's
-# stream.
-_SELECT, _REPLACE, _RANDOM_ID, _REGION = (purpose << 24 for purpose in (0x10, 0x11, 0x12, 0x13))
+# Upper bits of the counter, so that the numbers of a token are distinct draws of its row's stream.
+_SELECT, _REPLACE, _RANDOM_ID, _REGION, _RECTANGLE, _PATCH = (
+    purpose << 24 for purpose in (0x10, 0x11, 0x12, 0x13, 0x14, 0x15)
+)
+# Of patches: rectangles drawn for each image, far more than are needed; the least share of an image
+# that one covers (16 of 196 patches), and its flattest shape, height over width.
+_NUM_RECTANGLES, _LEAST_SHARE, _FLATTEST = 24, 16 / 196, 0.3
 
 
 def mask_text(
@@ -99,6 +105,52 @@ def mask_regions(
     bits = draw(stream(seed, positions)[row_ids], features.positions() + _REGION)
     every = torch.ones_like(bits, dtype=torch.bool)
     return regions.hide(_choose(bits, row_ids, every, len(regions), probability))
+
+
+def mask_patches(
+    num_hidden: int, side: int, *, seed: int, positions: Tensor | np.ndarray
+) -> Tensor:
+    """Which patches of square images are hidden: random rectangles, one after another, until there
+    are `num_hidden`.
+
+    The last rectangle is cut, by rows from its top. Areas are uniform between the least share and
+    `num_hidden`, shapes log-uniform; what reaches over the border is moved inside.
+
+    Args:
+        num_hidden: patches to hide of each image, K in [1, side * side].
+        side: patches along a side.
+        seed: of the run.
+        positions (B,): int64 place of each image in the training stream.
+
+    Returns: (B, K) int64 ascending ids.
+
+    Source: Bao et al. 2021 (BEiT), algorithm 1, arXiv:2106.08254. Deviation: a rectangle that would
+    hide too many is cut, not drawn again.
+    """
+    if not 0 < num_hidden <= side * side:
+        raise ValueError(f"num_hidden must be in [1, {side * side}], got {num_hidden}")
+    keys = stream(seed, torch.as_tensor(positions))
+    place = torch.arange(side * side, device=keys.device)
+    numbers = torch.arange(4 * _NUM_RECTANGLES, device=keys.device) + _RECTANGLE
+    drawn = uniform(draw(keys[:, None], numbers)).unflatten(1, (4, _NUM_RECTANGLES))
+    share, shape, top, left = drawn.unbind(1)  # (B, rectangles) each
+    least = min(_LEAST_SHARE * side * side, num_hidden)
+    area = least + share * (num_hidden - least)
+    aspect = torch.exp((2 * shape - 1) * -math.log(_FLATTEST))
+    height, width = (
+        extent.round().clamp(1, side).long()
+        for extent in ((area * aspect).sqrt(), (area / aspect).sqrt())
+    )
+    top, left = ((at * (side - extent + 1)).long() for at, extent in ((top, height), (left, width)))
+    y, x = place // side, place % side
+    down, right = y - top[..., None], x - left[..., None]  # (B, rectangles, P)
+    inside = (down >= 0) & (down < height[..., None]) & (right >= 0) & (right < width[..., None])
+    # Each patch counts for the first rectangle over it; what none covers comes last, at random.
+    covered = inside.any(1)
+    order = torch.where(covered, inside.int().argmax(1), _NUM_RECTANGLES) * (1 << 32)
+    order = order + torch.where(covered, place, draw(keys[:, None], place + _PATCH))
+    chosen = order.argsort(dim=1, stable=True)[:, :num_hidden]
+    return chosen.sort(1).values
 
 
 def _choose(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from vlpfast.integrations.unilm import unilm_beit3
 from vlpfast.integrations.weights import Layout, Rule
 from vlpfast.models.config import ModelConfig
 
@@ -356,4 +357,5 @@ LAYOUTS: dict[str, dict[str, Callable[[ModelConfig], Layout]]] = {
         "coca": _open_clip_coca,
         "siglip": _open_clip_siglip,
     },
+    "unilm": {"beit3": unilm_beit3},
 }

@@ -26,6 +26,7 @@ class Rule:
         shares: of the joined rows, what each of ours has; theirs have equal parts.
         transpose: theirs is multiplied from the right.
         lead: leading dimensions of size 1 that theirs has more.
+        skip: first rows of theirs that nothing reads; exported as zeros.
     """
 
     ours: tuple[str, ...]
@@ -33,6 +34,7 @@ class Rule:
     shares: tuple[int, ...] = (1,)
     transpose: bool = False
     lead: int = 0
+    skip: int = 0
 
     def import_(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our tensors from theirs."""
@@ -40,6 +42,7 @@ class Rule:
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]
         for _ in range(self.lead):
             joined = joined.squeeze(0)
+        joined = joined[self.skip :] if self.skip else joined
         joined = joined.T if self.transpose else joined
         if len(self.ours) == 1:
             return {self.ours[0]: joined}
@@ -51,6 +54,8 @@ class Rule:
         parts = [_part(state, name) for name in self.ours]
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]
         joined = joined.T if self.transpose else joined
+        if self.skip:
+            joined = torch.cat([joined.new_zeros(self.skip, *joined.shape[1:]), joined])
         joined = joined.reshape((1,) * self.lead + joined.shape)
         parts = joined.chunk(len(self.theirs)) if len(self.theirs) > 1 else [joined]
         return {
@@ -136,7 +141,7 @@ def import_weights(
     Args:
         model: of a preset that `library` has, see `layouts.LAYOUTS`.
         source: state dict, or the path of a .safetensors file.
-        library: "transformers" or "open_clip".
+        library: "transformers", "open_clip" or "unilm".
 
     Returns:
         The report; nothing is dropped without being named in it.
@@ -166,7 +171,7 @@ def export_weights(
 
     Args:
         model: of a preset that `library` has.
-        library: "transformers" or "open_clip".
+        library: "transformers", "open_clip" or "unilm".
         path: a .safetensors file to write too.
 
     Returns:

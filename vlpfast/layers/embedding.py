@@ -39,6 +39,7 @@ class PatchEmbedding(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         class_token: bool = True,
+        mask_token: bool = False,
     ) -> None:
         super().__init__()
         side = image_size // patch_size
@@ -46,6 +47,7 @@ class PatchEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, 3, patch_size, patch_size))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         self.class_token = nn.Parameter(torch.zeros(dim)) if class_token else None
+        self.mask_token = nn.Parameter(torch.zeros(dim)) if mask_token else None
         first = int(class_token)
         if position == "none":
             self.position = None
@@ -56,9 +58,12 @@ class PatchEmbedding(nn.Module):
                 "position", torch.cat([torch.zeros(first, dim), sincos_positions(dim, side)])
             )
 
-    def forward(self, images: Tensor, keep_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, keep_ids: Tensor | None = None, hidden: Tensor | None = None
+    ) -> Tensor:
         """images (B, H, W, 3) uint8, keep_ids (B, K) int64 or None -> (B, 1 + K, dim), or
-        (B, K, dim) without a class token.
+        (B, K, dim) without a class token. Where `hidden` (B, P) bool is True, the mask token stands
+        for the patch, at its position.
         """
         places, first = self.position, 0
         if self.class_token is not None:
@@ -74,6 +79,9 @@ class PatchEmbedding(nn.Module):
             mean=self.mean,
             std=self.std,
         )
+        if hidden is not None:
+            unseen = self.mask_token if places is None else self.mask_token + places
+            patches = torch.where(hidden[..., None], unseen.to(patches.dtype), patches)
         if self.class_token is None:
             return patches
         class_token = (self.class_token + first).to(patches.dtype)

@@ -7,7 +7,7 @@ one modality: which expert serves a token is where the token lies, not a state o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,11 +75,11 @@ class PairLayout:
             return next(iter(streams.values()))
         return torch.cat([streams["text"], streams["image"]]).index_select(0, self.to_sequence)
 
-    def split(self, joined: Tensor, like: Streams) -> Streams:
-        """The inverse of `join`."""
+    def split(self, joined: Tensor, wanted: Iterable[Modality]) -> Streams:
+        """The inverse of `join`, of the streams that are wanted."""
         if self.from_sequence is None:
-            return dict.fromkeys(like, joined)
-        return {m: joined.index_select(0, places) for m, places in self.from_sequence.items()}
+            return dict.fromkeys(wanted, joined)
+        return {m: joined.index_select(0, self.from_sequence[m]) for m in wanted}
 
 
 class Experts(nn.Module):
@@ -153,7 +153,10 @@ class ExpertAttention(nn.Module):
         )
         self.out = _part(lambda: last_linear(dim, dim, layer_scale), split)
 
-    def forward(self, x: Streams, layout: PairLayout, seed: int = 0) -> Streams:
+    def forward(
+        self, x: Streams, layout: PairLayout, seed: int = 0, wanted: Iterable[Modality] = ()
+    ) -> Streams:
+        """Of the streams that are `wanted`, by default all; all are read."""
         projected = {name: expert(self.qkv, name, layout)(tokens) for name, tokens in x.items()}
         q, k, v = layout.join(projected).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         sequences = layout.sequences
@@ -171,7 +174,7 @@ class ExpertAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             seed=seed,
         )
-        mixed = layout.split(mixed.flatten(-2), x)
+        mixed = layout.split(mixed.flatten(-2), wanted or x)
         if self.norm is not None:
             mixed = {name: expert(self.norm, name, layout)(y)[0] for name, y in mixed.items()}
         return {name: expert(self.out, name, layout)(y) for name, y in mixed.items()}
@@ -225,10 +228,17 @@ class ExpertBlock(nn.Module):
         self.norm2 = Experts(lambda: ResidualNorm(dim, norm_eps, dropout), joint=joint)
 
     def forward(
-        self, branch: Streams | None, residual: Streams, layout: PairLayout, seed: int = 0
+        self,
+        branch: Streams | None,
+        residual: Streams,
+        layout: PairLayout,
+        seed: int = 0,
+        wanted: Iterable[Modality] = (),
     ) -> tuple[Streams, Streams]:
+        """`wanted` as in `ExpertAttention.forward`."""
         normed, residual = expert_norm(self.norm1, branch, residual, layout, fold_seed(seed, 3))
-        branch = self.attention(normed, layout, fold_seed(seed, 1))
+        branch = self.attention(normed, layout, fold_seed(seed, 1), wanted)
+        residual = {m: residual[m] for m in branch}
         normed, residual = expert_norm(self.norm2, branch, residual, layout, fold_seed(seed, 4))
         return {m: expert(self.mlp, m, layout)(x) for m, x in normed.items()}, residual
 

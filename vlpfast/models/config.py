@@ -60,6 +60,9 @@ class VisionConfig(StackConfig):
         relative_bias: a learned bias of attention for each head and displacement between patches
             and class token: "shared" by all layers (BEiT's pre-training), or each "layer" has its
             own; of "patches", where none are dropped.
+        head_layers, early_layers: blocks of the class token's head (BEiT v2), 0: none. Of masked
+            images, they read the last class token and the patches as they are after `early_layers`
+            blocks: hidden patches are told from what the class token gathered.
         class_token: whether a learned token stands before the patches (SigLIP has none).
         pool: "first" takes the class token, "mean" averages all tokens (FLIP), "map" lets a learned
             query attend to them (SigLIP), "cascade" lets `num_queries` learned queries attend to
@@ -83,6 +86,8 @@ class VisionConfig(StackConfig):
     embed_norm: bool = False
     position: Literal["learned", "sincos", "none"] = "learned"
     relative_bias: Literal["none", "shared", "layer"] = "none"
+    head_layers: int = 0
+    early_layers: int = 0
     class_token: bool = True
     pool: Literal["first", "mean", "map", "cascade"] = "first"
     unit_features: bool = False
@@ -113,7 +118,7 @@ class TextConfig(StackConfig):
 
     Attributes:
         kind: "transformer", or "gru": `depth` layers of gated recurrent units of width `dim` over
-            word vectors of width `word_dim` (VSE++).
+            word vectors of width `word_dim` (VSE++); or "none": the model reads images alone.
         vocab_size: rows of the token table.
         context_length: longest sequence, tokens.
         causal: each token sees itself and earlier ones only (CLIP).
@@ -125,7 +130,7 @@ class TextConfig(StackConfig):
         position: "learned", or "none", where the stack has a relative bias.
     """
 
-    kind: Literal["transformer", "gru"] = "transformer"
+    kind: Literal["transformer", "gru", "none"] = "transformer"
     word_dim: int = 0
     vocab_size: int = 4096
     context_length: int = 77
@@ -173,6 +178,26 @@ class FusionConfig(StackConfig):
 
 
 @dataclass(frozen=True)
+class CodebookConfig:
+    """A visual tokenizer on the vision tower (VQ-KD).
+
+    Attributes:
+        size, dim: number of codes (0: there is none) and their width.
+        decay: of the codes' moving averages, a step.
+        revive_below: a code is moved when its use falls below this part of the mean use.
+        decoder_depth: blocks between codes and the teacher's features.
+        target_dim: width of the features; training sets it to the teacher's.
+    """
+
+    size: int = 0
+    dim: int = 32
+    decay: float = 0.99
+    revive_below: float = 0.01
+    decoder_depth: int = 3
+    target_dim: int = 512
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model.
 
@@ -201,6 +226,9 @@ class ModelConfig:
         lm_head: what predicts the next token of a text that is decoded: "linear" is a vocabulary
             weight of its own (CoCa); "none": the model writes no text.
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
+        codes: of how many codes it predicts those of hidden patches (BEiT), 0: of none; training
+            sets it to the tokenizer's.
+        codebook: of a model that is a tokenizer.
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
     """
 
@@ -218,6 +246,8 @@ class ModelConfig:
     match_head: bool = True
     lm_head: Literal["none", "linear"] = "none"
     region_heads: bool = False
+    codes: int = 0
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
     projection_bias: bool = False
     image_projection: bool = True
     text_projection: bool = True
@@ -274,6 +304,7 @@ class ModelConfig:
         self._check_fusion()
         self._check_vision()
         self._check_text()
+        self._check_codes()
 
     def _check_fusion(self) -> None:
         fusion, vision = self.fusion, self.vision
@@ -334,12 +365,32 @@ class ModelConfig:
 
     def _check_text(self) -> None:
         text = self.text
+        if text.kind == "none" and (self.embed_dim or self.mlm_head or self.fusion.depth):
+            raise ValueError(
+                "text.kind 'none' is a model of images alone: embed_dim, mlm_head and fusion.depth "
+                "must be 0"
+            )
         if text.kind == "gru" and text.word_dim < 1:
             raise ValueError(f"text.word_dim of kind 'gru' must be > 0, got {text.word_dim}")
         if text.kind == "gru" and (self.mlm_head or self.fusion.depth):
             raise ValueError(
                 "text.kind 'gru' has neither fusion nor a token head: its states see earlier words "
                 "only, and its words are narrower than its states"
+            )
+
+    def _check_codes(self) -> None:
+        vision = self.vision
+        if (self.codes or self.codebook.size) and vision.front != "patches":
+            raise ValueError(
+                "codes and codebook are of patches: vision.front must be 'patches', "
+                f"got {vision.front!r}"
+            )
+        early = 0 < vision.early_layers < vision.depth
+        if vision.head_layers and not (self.codes and early and vision.norm == "pre"):
+            raise ValueError(
+                "vision.head_layers needs codes > 0, vision.norm 'pre' and vision.early_layers "
+                f"between 0 and vision.depth {vision.depth}, got codes {self.codes}, norm "
+                f"{vision.norm!r}, early_layers {vision.early_layers}"
             )
 
     @property
@@ -356,6 +407,9 @@ class ModelConfig:
             "one stack for both": self.one_stack,
             "a token head": self.mlm_head,
             "region heads": self.region_heads,
+            "a text tower": self.text.kind != "none",
+            "a code head": self.codes > 0,
+            "a codebook": self.codebook.size > 0,
         }
         return tuple(part for part, present in has.items() if present)
 

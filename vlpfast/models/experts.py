@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vlpfast.layers.block import ResidualNorm
-from vlpfast.layers.experts import ExpertBlock, Experts, PairLayout, Streams, expert_norm
+from vlpfast.layers.experts import (
+    ExpertBlock,
+    Experts,
+    Modality,
+    PairLayout,
+    Streams,
+    expert_norm,
+)
 from vlpfast.layers.position_bias import RelativeBias, pair_displacements
 from vlpfast.models.config import FusionConfig, ModelConfig
 from vlpfast.models.outputs import FusedOutput
@@ -69,23 +75,23 @@ class ExpertTower(nn.Module):
         seed: int = 0,
         *,
         text_blocks: Tensor | None = None,
+        images: bool = True,
     ) -> FusedOutput:
-        """As `ConcatTower.forward`; a text or an image may be empty."""
+        """As `ConcatTower.forward`; a text or an image may be empty. Without `images`, nothing is
+        made of image tokens after the last attention.
+        """
         image = keys.select(kv_index)
         layout = PairLayout.of(text, image, image_first=self.image_first, text_blocks=text_blocks)
         streams = self._streams(text, image)
         branch, residual = None, {m: x for m, x in streams.items() if x.shape[0]}
         layouts = self._layouts(layout, residual)
-        state = self._run(0, len(self.blocks), (branch, residual), layouts, seed)
+        wanted = ("text",) if not images and "text" in residual else ()
+        state = self._run(0, len(self.blocks), (branch, residual), layouts, seed, wanted)
         streams |= self._finish(state, layout, seed)
-        return FusedOutput(
-            text.with_values(streams["text"]),
-            replace(image, values=streams["image"], max_len=keys.max_len),
-        )
+        fused = replace(image, values=streams["image"], max_len=keys.max_len)
+        return FusedOutput(text.with_values(streams["text"]), fused if images else None)
 
-    def alone_twice(
-        self, part: Ragged, modality: Literal["text", "image"], seed: int = 0
-    ) -> tuple[Ragged, Ragged]:
+    def alone_twice(self, part: Ragged, modality: Modality, seed: int = 0) -> tuple[Ragged, Ragged]:
         """`alone`, and the same with the experts for both modalities in the layers that have them,
         over the same earlier layers (VLMo's two heads).
         """
@@ -126,10 +132,14 @@ class ExpertTower(nn.Module):
         state: tuple[Streams | None, Streams],
         layouts: list[PairLayout],
         seed: int,
+        wanted: tuple[Modality, ...] = (),
     ) -> tuple[Streams | None, Streams]:
-        """Blocks `first` to `stop`; the state is (branch, residual) of `Block`, by stream."""
+        """Blocks `first` to `stop`; the state is (branch, residual) of `Block`, by stream; of the
+        last one, the streams that are `wanted`.
+        """
         for number in range(first, stop):
-            state = self.blocks[number](*state, layouts[number], fold_seed(seed, number))
+            here = wanted if number == stop - 1 else ()
+            state = self.blocks[number](*state, layouts[number], fold_seed(seed, number), here)
         return state
 
     def _finish(

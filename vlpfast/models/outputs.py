@@ -12,12 +12,14 @@ from vlpfast.ragged import Ragged
 @dataclass(frozen=True)
 class ImageOutput:
     """tokens (B, N, D): class token first; of regions packed (T, D). embedding (B, E):
-    L2-normalised, in the joint space; None where the model has none. joint_embedding: the same of
-    the layers with experts for both modalities (VLMo).
+    L2-normalised, in the joint space; None where the model has none. class_head (B, N, D): of
+    masked images, what the class token's head makes of them; None where the model has none.
+    joint_embedding: as `embedding`, of the layers with experts for both modalities (VLMo).
     """
 
     tokens: Tensor | Ragged
     embedding: Tensor | None
+    class_head: Tensor | None = None
     joint_embedding: Tensor | None = None
 
 

@@ -67,9 +67,8 @@ def _relative_bias(config: VisionConfig, model: ModelConfig) -> RelativeBias | N
     if config.relative_bias == "none":
         return None
     window = window_displacements(model.image_size // config.patch_size)
-    return RelativeBias(
-        config.heads, *window, config.depth if config.relative_bias == "layer" else 1
-    )
+    layers = config.depth + config.head_layers if config.relative_bias == "layer" else 1
+    return RelativeBias(config.heads, *window, layers)
 
 
 def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
@@ -85,6 +84,7 @@ def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
         bias=config.patch_bias,
         position=config.position,
         class_token=config.class_token,
+        mask_token=model.codes > 0,
         **pixels,
     )
 
@@ -101,6 +101,8 @@ class VisionTower(nn.Module):
         self.relative_bias = _relative_bias(config, model)
         self.blocks = _blocks(config)
         self.norm = _final_norm(config)
+        self.early_layers = config.early_layers
+        self.head_blocks = _blocks(replace(config, depth=config.head_layers))
         queries = lambda count: QueryPooler(config.dim, config.heads, count, config.norm_eps)
         self.queries = queries(config.num_queries) if config.num_queries else None
         self.pooler = queries(1) if config.pool == "cascade" else None
@@ -117,29 +119,64 @@ class VisionTower(nn.Module):
     def forward(
         self, images: Tensor | Regions, keep_ids: Tensor | None = None, seed: int = 0
     ) -> Tensor | Ragged:
+        return self._read(images, keep_ids, seed)[0]
+
+    def masked(self, images: Tensor, hidden: Tensor, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Tokens of images whose patches `hidden` (B, P) bool the mask token stands for, and what
+        the class token's head makes of them, (B, 1 + P, D) each; None without such a head.
+        """
+        return self._read(images, None, seed, hidden)
+
+    def _read(
+        self,
+        images: Tensor | Regions,
+        keep_ids: Tensor | None,
+        seed: int,
+        hidden: Tensor | None = None,
+    ) -> tuple[Tensor | Ragged, Tensor | None]:
         if self.relative_bias is not None and keep_ids is not None:
             raise ValueError("keep_ids drops patches, and the relative bias is of all of them")
-        tokens = self.embedding(images, keep_ids)
+        mask = () if hidden is None else (hidden,)
+        tokens, early = self.embedding(images, keep_ids, *mask), None
         packed = tokens if isinstance(tokens, Ragged) else None
         branch, residual = None, tokens if packed is None else packed.values
         if self.embed_norm is not None:
             residual, _ = self.embed_norm(residual)
         layout = Layout() if packed is None else Layout(packed.cu_seqlens, packed.max_len)
-        for number, (block, here) in enumerate(
-            zip(self.blocks, self._layouts(layout), strict=True)
-        ):
-            branch, residual = block(branch, residual, here, seed=fold_seed(seed, number))
+        layouts = self._layouts(layout)
+        for number, block in enumerate(self.blocks):
+            branch, residual = block(
+                branch, residual, layouts[number], seed=fold_seed(seed, number)
+            )
+            if hidden is not None and number + 1 == self.early_layers:
+                early = residual + branch
+        if early is not None:
+            out, last = self.norm(branch, residual, fold_seed(seed, -1))
+            return out, self._class_head(torch.cat([last[:, :1], early[:, 1:]], 1), layouts, seed)
         out = _finish(self.norm, branch, residual, seed)
         if self.queries is not None:
             out = self.queries(out)
-        return out if packed is None else packed.with_values(out)
+        return (out if packed is None else packed.with_values(out)), None
+
+    def _class_head(self, tokens: Tensor, layouts: list[Layout], seed: int) -> Tensor:
+        """The head's blocks and the tower's norm.
+
+        Source: Peng et al. 2022 (BEiT v2), section 2.3, arXiv:2208.06366.
+        """
+        branch, residual = None, tokens
+        for number, block in enumerate(self.head_blocks, start=len(self.blocks)):
+            branch, residual = block(
+                branch, residual, layouts[number], seed=fold_seed(seed, number)
+            )
+        return _finish(self.norm, branch, residual, fold_seed(seed, len(layouts)))
 
     def _layouts(self, layout: Layout) -> list[Layout]:
-        """`layout` with each layer's bias."""
+        """`layout` with each layer's bias, the head's blocks last."""
+        count = len(self.blocks) + len(self.head_blocks)
         if self.relative_bias is None:
-            return [layout] * len(self.blocks)
+            return [layout] * count
         biases = self.relative_bias().unbind()
-        biases *= len(self.blocks) // len(biases)
+        biases *= count // len(biases)
         return [replace(layout, bias=bias) for bias in biases]
 
     def pool(self, tokens: Tensor) -> Tensor:
@@ -147,6 +184,23 @@ class VisionTower(nn.Module):
         if self.pooler is not None:
             return self.pooler(tokens).flatten(1)
         return tokens.mean(1) if self.mean_pool else tokens[:, 0]
+
+
+class PatchDecoder(nn.Module):
+    """Vectors (B, P, d) of all patches, with positions, through blocks -> tokens (B, P, D)."""
+
+    def __init__(self, config: StackConfig, in_dim: int, num_patches: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(in_dim, config.dim)
+        self.position = nn.Parameter(torch.empty(num_patches, config.dim))
+        self.blocks = _blocks(config)
+        self.norm = _final_norm(config)
+
+    def forward(self, x: Tensor, seed: int = 0) -> Tensor:
+        branch, residual = None, self.embed(x) + self.position
+        for number, block in enumerate(self.blocks):
+            branch, residual = block(branch, residual, Layout(), seed=fold_seed(seed, number))
+        return _finish(self.norm, branch, residual, seed)
 
 
 class TextTower(nn.Module):

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from vlpfast.layers.block import ResidualNorm
 from vlpfast.layers.keys import KeyCache
 from vlpfast.layers.region import RegionHeads
-from vlpfast.models.config import ModelConfig
+from vlpfast.models.config import ModelConfig, TextConfig
 from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.experts import ExpertTower
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
 from vlpfast.models.presets import missing, preset_config
+from vlpfast.models.tokenizer import VisualTokenizer
 from vlpfast.models.towers import (
     ConcatTower,
     FusionTower,
@@ -83,7 +84,7 @@ class VLPModel(nn.Module):
         self.config = config
         vision, text, fusion = config.vision, config.text, config.fusion
         self.vision = (CnnTower if vision.front == "cnn" else VisionTower)(vision, config)
-        self.text = (GruTower if text.kind == "gru" else TextTower)(text)
+        self.text = _text_tower(text)
         self.fusion = _fusion_tower(config)
         self.image_projection = _projection(config, vision.dim, config.image_projection)
         self.text_projection = _projection(config, text.dim, config.text_projection)
@@ -112,6 +113,12 @@ class VLPModel(nn.Module):
             if config.region_heads
             else None
         )
+        self.code_head = nn.Linear(vision.dim, config.codes) if config.codes else None
+        self.tokenizer = (
+            VisualTokenizer(config.codebook, vision, config.num_patches)
+            if config.codebook.size
+            else None
+        )
         init = math.log(config.scale_init) if config.scale == "log" else 1 / config.scale_init
         scale = torch.tensor(init)
         if not config.embed_dim:
@@ -131,7 +138,7 @@ class VLPModel(nn.Module):
         for tower, stack in ((self.vision, self.config.vision), (self.text, self.config.text)):
             if isinstance(tower, CnnTower | GruTower):
                 tower.init_weights()
-            else:
+            elif tower is not None:
                 init_tower(tower, stack)
         if self.fusion is not None:
             init_tower(self.fusion, self.config.fusion)
@@ -141,7 +148,16 @@ class VLPModel(nn.Module):
         if self.joint_heads is not None:
             for projection in (self.joint_heads.image, self.joint_heads.text):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-        heads = (self.match_head, self.token_head, self.pooler, self.region_heads, self.lm_head)
+        if self.tokenizer is not None:
+            self.tokenizer.init_weights()
+        heads = (
+            self.match_head,
+            self.token_head,
+            self.pooler,
+            self.region_heads,
+            self.code_head,
+            self.lm_head,
+        )
         for head in (m for part in heads if part is not None for m in part.modules()):
             if isinstance(head, nn.Linear):
                 nn.init.normal_(head.weight, std=0.02)
@@ -192,7 +208,8 @@ class VLPModel(nn.Module):
         keep_ids: Tensor | None = None,
         *,
         seed: int = 0,
-        embed: bool = True,
+        hidden: Tensor | None = None,
+        num_embedded: int | None = None,
     ) -> ImageOutput:
         """Image tower and its projection; where one stack serves both modalities, that stack on
         images alone is the tower, and the tokens are what enters it.
@@ -202,7 +219,9 @@ class VLPModel(nn.Module):
                 where `config.vision.front` is "regions".
             keep_ids (B, K): int64 ascending ids of the patches to embed; None keeps all.
             seed: keys dropout in training.
-            embed: whether the embedding is wanted.
+            hidden (B, P): bool, the patches for which the mask token stands; of all patches, so
+                without `keep_ids`.
+            num_embedded: of how many images, the first ones, an embedding is wanted; None: all.
         """
         side, wants_regions = self.config.image_size, self.config.vision.front == "regions"
         if isinstance(images, Regions) != wants_regions:
@@ -212,16 +231,23 @@ class VLPModel(nn.Module):
             )
         if not wants_regions and images.shape[1:] != (side, side, 3):
             raise ValueError(f"images must be (B, {side}, {side}, 3), got {tuple(images.shape)}")
-        tokens = self.vision(images, keep_ids, seed)
-        if self.image_projection is None or not embed:
-            return ImageOutput(tokens, None)
+        class_head = None
+        if hidden is None:
+            tokens = self.vision(images, keep_ids, seed)
+        else:
+            self._need(self.code_head, "a code head")
+            tokens, class_head = self.vision.masked(images, hidden, seed)
+        if self.image_projection is None or num_embedded == 0:
+            return ImageOutput(tokens, None, class_head)
+        embedded = tokens[:num_embedded] if isinstance(tokens, Tensor) else tokens
         if self.config.one_stack:
-            packed = self.fusion.image_keys(tokens)
-            return ImageOutput(tokens, *self._embed_alone(packed, "image", seed))
-        pooled = self.vision.pool(tokens)
+            packed = self.fusion.image_keys(embedded)
+            own, joint = self._embed_alone(packed, "image", seed)
+            return ImageOutput(tokens, own, joint_embedding=joint)
+        pooled = self.vision.pool(embedded)
         if self.config.vision.unit_features:
             pooled = _unit(pooled).to(pooled.dtype)
-        return ImageOutput(tokens, _unit(self.image_projection(pooled)))
+        return ImageOutput(tokens, _unit(self.image_projection(pooled)), class_head)
 
     def encode_text(
         self, text: Ragged, *, seed: int = 0, num_embedded: int | None = None
@@ -233,6 +259,7 @@ class VLPModel(nn.Module):
             seed: keys dropout in training.
             num_embedded: of how many texts, the first ones, an embedding is wanted; None: all.
         """
+        self._need(self.text, "a text tower")
         tokens = self.text(text, seed)
         if self.text_projection is None or num_embedded == 0:
             return TextOutput(tokens, None)
@@ -275,7 +302,7 @@ class VLPModel(nn.Module):
         """Text row r of `text_tokens` reads image `kv_index[r]` (int64) of `keys` -> packed fused
         tokens (T, D).
         """
-        return self.fuse_pairs(text_tokens, keys, kv_index, seed=seed).text
+        return self.fuse_pairs(text_tokens, keys, kv_index, seed=seed, images=False).text
 
     def fuse_pairs(
         self,
@@ -285,15 +312,19 @@ class VLPModel(nn.Module):
         *,
         seed: int = 0,
         text_blocks: Tensor | None = None,
+        images: bool = True,
     ) -> FusedOutput:
-        """`fuse` with the fused image tokens too; `text_blocks` as `ConcatTower.forward`, where one
-        stack serves both modalities.
+        """`fuse` with the fused image tokens too, unless `images` says that they are not wanted;
+        `text_blocks` as `ConcatTower.forward`, where one stack serves both modalities.
         """
         self._need(self.fusion, "a fusion tower")
-        if text_blocks is None:
-            return self.fusion(text_tokens, keys, kv_index, seed)
-        self._need(self.fusion if self.config.one_stack else None, "one stack for both")
-        return self.fusion(text_tokens, keys, kv_index, seed, text_blocks=text_blocks)
+        options: dict[str, Tensor | bool] = {}
+        if text_blocks is not None:
+            self._need(self.fusion if self.config.one_stack else None, "one stack for both")
+            options["text_blocks"] = text_blocks
+        if not images and self.config.fusion.experts != "shared":
+            options["images"] = False
+        return self.fusion(text_tokens, keys, kv_index, seed, **options)
 
     def decode(
         self,
@@ -359,6 +390,22 @@ class VLPModel(nn.Module):
         self._need(self.region_heads, "region heads")
         return _full(self.region_heads.logits(hidden))
 
+    def patches(self, tokens: Tensor) -> Tensor:
+        """Of image tokens (B, N, D) those of patches, (B, P, D)."""
+        return tokens[:, -self.config.num_patches :]
+
+    def code_head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (n, D), weight (K, D) and bias (K,) of the code head: what
+        `ops.linear_cross_entropy` takes.
+        """
+        self._need(self.code_head, "a code head")
+        return hidden, self.code_head.weight, self.code_head.bias
+
+    def image_codes(self, images: Tensor) -> Tensor:
+        """A tokenizer's codes (B, P) int64 of images (B, S, S, 3) uint8."""
+        self._need(self.tokenizer, "a codebook")
+        return self.tokenizer.codes(self.patches(self.encode_image(images).tokens))
+
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (n, V) of hidden states (n, D)."""
         return _full(F.linear(*self.token_head_inputs(hidden)))
@@ -375,6 +422,12 @@ class VLPModel(nn.Module):
     def _need(self, part: nn.Module | Tensor | None, what: str) -> None:
         if part is None:
             raise ValueError(missing(self.config.preset, what))
+
+
+def _text_tower(config: TextConfig) -> TextTower | GruTower | None:
+    if config.kind == "none":
+        return None
+    return (GruTower if config.kind == "gru" else TextTower)(config)
 
 
 def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | ExpertTower | None:

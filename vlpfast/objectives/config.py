@@ -19,6 +19,9 @@ OBJECTIVES = (
     "mrfr",
     "mrc",
     "mrckl",
+    "mim",
+    "mvm",
+    "vqkd",
 )
 
 
@@ -46,6 +49,13 @@ class ObjectivesConfig:
         mrfr, mrc, mrckl: hidden regions' features, classes, and class distributions.
             `mrm_probability` is the share of regions hidden, `mrm_reduction` what features and
             distributions are averaged over (`objectives.regions`).
+        mim: masked image modelling: a frozen tokenizer's codes of hidden patches (BEiT);
+            `mim_probability` is the share of patches hidden.
+        mvm: masked vision modelling: the same where the image's text can be seen (BEiT-3).
+        vqkd: a tokenizer's own training: a frozen teacher's features of each patch from its code;
+            `commitment` weighs the distance of vectors from their codes.
+        guide: run folder of the frozen model that gives these targets: of mim a tokenizer's (preset
+            "vqkd"), of vqkd one's with as many patches.
         mix: ((objective, ratio), ...) of all that are enabled: each step trains one, drawn by the
             ratios (WRA goes with ITM); empty trains all in every step.
         label_smoothing: of the targets of `itc`.
@@ -73,6 +83,12 @@ class ObjectivesConfig:
     mlm_causal: bool = False
     lm: float = 0.0
     lm_label_smoothing: float = 0.0
+    mim: float = 0.0
+    mvm: float = 0.0
+    vqkd: float = 0.0
+    mim_probability: float = 75 / 196
+    commitment: float = 1.0
+    guide: str = ""
     itm_negatives: Literal["hard", "random"] = "hard"
     wra_tokens: Literal["all", "inner"] = "all"
     mrm_probability: float = 0.15
@@ -102,9 +118,13 @@ class ObjectivesConfig:
                 "objectives.wra aligns the pairs of random matching: set objectives.itm > 0 and "
                 "objectives.itm_negatives 'random'"
             )
-        if not 0 < self.mrm_probability <= 1:
+        for name in ("mrm_probability", "mim_probability"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"objectives.{name} must be in (0, 1], got {getattr(self, name)}")
+        if self.hides_patches and self.vqkd:
             raise ValueError(
-                f"objectives.mrm_probability must be in (0, 1], got {self.mrm_probability}"
+                "objectives.mim learns a trained tokenizer's codes and objectives.vqkd trains one: "
+                "one after the other"
             )
         mixed = {name for name, _ in self.mix}
         if self.mix and mixed != self.weights.keys() - {"wra"}:
@@ -142,6 +162,11 @@ class ObjectivesConfig:
     def masks_regions(self) -> bool:
         """Whether an objective predicts hidden regions."""
         return bool(self.mrfr or self.mrc or self.mrckl)
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether an objective predicts the codes of hidden patches."""
+        return bool(self.mim or self.mvm)
 
     def at(self, step: int, seed: int) -> ObjectivesConfig:
         """What optimizer step `step` trains: all, or the one of `mix` that (seed, step) draw."""

@@ -24,14 +24,14 @@ Loss = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the towers of `model` made of a batch: images (B), clean texts (B), then those masked
-    (B) and masked for reading without images (B) where the plan has them, and the images' keys
-    where it fuses.
+    """What the towers of `model` made of a batch: images (B), then masked images (B), clean texts
+    (B), then those masked (B) and masked for reading without images (B), of these what the plan
+    has, and the images' keys where it fuses.
     """
 
     model: VLPModel
     image: ImageOutput
-    text: TextOutput
+    text: TextOutput | None
     keys: ImageKeys | Ragged | None
 
 
@@ -82,17 +82,34 @@ class Passes:
 
 def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: Plan) -> Encoded:
     """Each tower once: images, `kept` (B, K) of whose patches it embeds, and the plan's texts."""
-    images = batch.visual(model.config.vision.front)
-    if plan.masked_image:
-        images = Regions.cat([images, batch.masked_regions])
-    image = model.encode_image(images, kept, seed=fold_seed(seed, 1), embed=plan.contrast)
+    images, hidden = _images(model, batch, plan)
+    embedded = len(batch) if plan.contrast else 0
+    image = model.encode_image(
+        images, kept, seed=fold_seed(seed, 1), hidden=hidden, num_embedded=embedded
+    )
+    keys = model.image_keys(image.tokens) if plan.fusion or plan.decodes else None
+    if not plan.text:
+        return Encoded(model, image, None, keys)
     texts = [batch.text]
     texts += [batch.masked_text] if plan.masked_text else []
     texts += [batch.masked_alone] if plan.masked_alone else []
-    embedded = len(batch) if plan.contrast else 0
     text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2), num_embedded=embedded)
-    keys = model.image_keys(image.tokens) if plan.fusion or plan.decodes else None
     return Encoded(model, image, text, keys)
+
+
+def _images(model: VLPModel, batch: Batch, plan: Plan) -> tuple[Tensor | Regions, Tensor | None]:
+    """The images that the plan has, clean ones first, and which patches of them are hidden."""
+    images = batch.visual(model.config.vision.front)
+    if not plan.masked_image:
+        return images, None
+    if isinstance(images, Regions):
+        return Regions.cat([images, batch.masked_regions]), None
+    ids = batch.hidden_patches
+    shape = (len(batch), model.config.num_patches)
+    hidden = torch.zeros(shape, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
+    if not plan.clean_image:
+        return images, hidden
+    return torch.cat([images, images]), torch.cat([torch.zeros_like(hidden), hidden])
 
 
 def fuse(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) -> FusedOutput:
@@ -102,16 +119,24 @@ def fuse(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) ->
     """
     negatives = [None if hard is None else hard.clamp(min=0) for hard in (hard_text, hard_image)]
     device = passes.batch.image_ids.device
-    plan, size = passes.plan, len(passes.batch)
+    plan, size, student = passes.plan, len(passes.batch), passes.student
     texts, images = plan.fusion_rows(size, *negatives, device, passes.mixed_image)
-    rows, keys, blocks = passes.student.text.tokens.select(texts), passes.student.keys, None
-    if plan.masked_alone:
-        keys = Ragged.cat([keys, Ragged.empty(keys.values)])
+    words, keys, blocks = None if student.text is None else student.text.tokens, student.keys, None
+    if plan.reads_alone:
+        nothing = Ragged.empty(keys.values)
+        words = nothing if words is None else Ragged.cat([words, nothing])
+        keys = Ragged.cat([keys, nothing])
+    rows = words.select(texts)
     if plan.causal:
         masked = (rows.row_ids() // size) == plan.fusion.index(Rows.MASKED)
         blocks = torch.where(masked, rows.positions() + 1, 0)
     return passes.model.fuse_pairs(
-        rows, keys, images, seed=fold_seed(passes.seed, 4), text_blocks=blocks
+        rows,
+        keys,
+        images,
+        seed=fold_seed(passes.seed, 4),
+        text_blocks=blocks,
+        images=plan.masked_image or bool(passes.config.wra),
     )
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from vlpfast.objectives.config import ObjectivesConfig
 
+# Objectives that read no text.
+IMAGES_ALONE = {"mim", "vqkd"}
+
 
 class Rows(Enum):
     """Groups of B (text, image) rows of the fusion call, in the order in which they are packed."""
@@ -26,6 +29,7 @@ class Rows(Enum):
     MASKED = "masked"
     MASKED_IMAGE = "masked_image"
     MASKED_TEXT_ALONE = "masked_text_alone"
+    MASKED_IMAGE_ALONE = "masked_image_alone"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,10 @@ class Plan:
         fusion: groups of rows of the one fusion call; empty where no objective needs fusion.
         hard_negatives: the contrastive loss also draws hard negatives.
         decodes: the text decoder reads the images too.
-        masked_image: the image tower also reads the images with hidden regions, in the same call.
+        masked_image: the image tower also reads the images with hidden regions or patches, in the
+            same call.
+        text, clean_image: the towers read the texts, and the images as they are; only losses on
+            images alone do without.
         masked_alone: the text tower also reads the texts masked for modelling without images.
         contrast: embeddings of the batch are wanted.
         causal: masked texts are read causally.
@@ -47,26 +54,35 @@ class Plan:
     fusion: tuple[Rows, ...]
     hard_negatives: bool
     masked_image: bool = False
+    text: bool = True
+    clean_image: bool = True
     masked_alone: bool = False
     contrast: bool = True
     causal: bool = False
     decodes: bool = False
 
     @classmethod
-    def of(cls, config: ObjectivesConfig) -> Plan:
-        """The passes that the enabled objectives need."""
+    def of(cls, config: ObjectivesConfig, *, one_stack: bool = False) -> Plan:
+        """The passes that the enabled objectives need; `one_stack` says whether one modality's
+        tower is the fusion's stack.
+        """
         hard = bool(config.itm) and config.itm_negatives == "hard"
         matching = (Rows.MATCHED, Rows.NEGATIVE_IMAGE, Rows.NEGATIVE_TEXT) if hard else ()
         if config.itm and not hard:
             matching = (Rows.MIXED,)
         masked = (Rows.MASKED,) if config.mlm else ()
-        hidden = (Rows.MASKED_IMAGE,) if config.masks_regions else ()
+        hidden = (Rows.MASKED_IMAGE,) if config.masks_regions or config.mvm else ()
         alone = (Rows.MASKED_TEXT_ALONE,) if config.mtm else ()
+        if config.mim and one_stack:
+            alone += (Rows.MASKED_IMAGE_ALONE,)
+        text = config.weights.keys() - IMAGES_ALONE
         return cls(
             bool(config.mlm),
             matching + masked + hidden + alone,
             hard,
-            config.masks_regions,
+            config.masks_regions or config.hides_patches,
+            bool(text),
+            bool(text) or bool(config.vqkd),
             bool(config.mtm),
             bool(config.itc or config.sigmoid or config.hinge),
             bool(config.mlm) and config.mlm_causal,
@@ -84,24 +100,33 @@ class Plan:
         """For every fusion row: the text sequence it holds and the image it reads, (R,) int64 each.
 
         Texts and images are numbered as their calls pack them: B clean ones, then B masked ones,
-        then the B texts masked for modelling without images; the number after the last image stands
-        for none.
+        then the B texts masked for modelling without images; the number after the last stands for
+        none.
         `hard_text` (B,) is each image's negative text, `hard_image` (B,) each text's negative
         image, `mixed_image` (B,) the image of random matching.
         """
         own = torch.arange(batch_size, device=device)
-        no_image = torch.full_like(own, batch_size * (1 + self.masked_image))
+        num_texts = self.text * (1 + self.masked_text + self.masked_alone)
+        no_text = torch.full_like(own, batch_size * num_texts)
+        no_image = torch.full_like(own, batch_size * (self.clean_image + self.masked_image))
+        masked_image = own + batch_size * self.clean_image
         rows = {
             Rows.MATCHED: (own, own),
             Rows.NEGATIVE_IMAGE: (own, hard_image),
             Rows.NEGATIVE_TEXT: (hard_text, own),
             Rows.MASKED: (own + batch_size, own),
             Rows.MIXED: (own, mixed_image),
-            Rows.MASKED_IMAGE: (own, own + batch_size),
+            Rows.MASKED_IMAGE: (own, masked_image),
+            Rows.MASKED_IMAGE_ALONE: (no_text, masked_image),
             Rows.MASKED_TEXT_ALONE: (own + batch_size * (1 + self.masked_text), no_image),
         }
         texts, images = zip(*(rows[group] for group in self.fusion), strict=True)
         return torch.cat(texts), torch.cat(images)
+
+    @property
+    def reads_alone(self) -> bool:
+        """Whether the fusion call has rows of one modality."""
+        return not {Rows.MASKED_TEXT_ALONE, Rows.MASKED_IMAGE_ALONE}.isdisjoint(self.fusion)
 
     def sequences(self, group: Rows, batch_size: int, device: torch.device) -> Tensor:
         """(B,) int64 numbers of the fused sequences of `group`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlpfast.data.batch import Batch
 from vlpfast.models.vlp import VLPModel
-from vlpfast.objectives import contrast, language, matching, regions
+from vlpfast.objectives import codes, contrast, language, matching, regions
 from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.objectives.passes import Encoded, Loss, Passes, encode, fuse
 from vlpfast.objectives.plan import Plan, Rows
@@ -19,7 +19,7 @@ from vlpfast.objectives.wiring import check_wiring
 from vlpfast.ops.keep_ids import keep_ids
 from vlpfast.ops.seed import fold_seed
 
-# What reads the fused rows, in the order of the log.
+# What reads the fused rows, and then images alone, in the order of the log.
 _AFTER_FUSION = {
     "wra": regions.wra,
     "mlm": language.mlm,
@@ -27,6 +27,9 @@ _AFTER_FUSION = {
     "mrfr": regions.mrfr,
     "mrc": regions.mrc,
     "mrckl": regions.mrckl,
+    "mim": codes.mim,
+    "mvm": codes.mvm,
+    "vqkd": codes.vqkd,
 }
 
 
@@ -80,21 +83,24 @@ class PretrainStep(nn.Module):
     @property
     def has_idle_parameters(self) -> bool:
         """Whether a step may leave parameters without a gradient: it trains one of several
-        objectives, texts alone, or experts for image tokens whose last states nothing reads.
+        objectives, or one stack whose last states of a modality nothing reads.
         """
-        plan, fusion = Plan.of(self.config), self.model.config.fusion
-        reads_images = plan.contrast or plan.masked_image
-        texts_alone = set(plan.fusion) == {Rows.MASKED_TEXT_ALONE}
-        unread = not reads_images and (texts_alone or fusion.experts != "shared")
-        return bool(self.config.mix) or unread
+        config, model = self.config, self.model.config
+        plan = Plan.of(config, one_stack=model.one_stack)
+        texts = bool(config.mlm or config.itm or config.mtm)
+        experts = model.fusion.experts != "shared" and not (texts and plan.masked_image)
+        alone = len(plan.fusion) == 1 and plan.reads_alone
+        unread = model.one_stack and not plan.contrast and (experts or alone)
+        return bool(config.mix) or unread
 
     def forward(self, batch: Batch, *, seed: int, step: int) -> StepOutput:
         """Losses of one batch.
 
         Args:
             batch: with `masked_text` and `mlm_labels` where MLM is enabled, `masked_alone` and
-                `alone_labels` where masked text modelling is, with `regions` where
-                the model reads them, and `masked_regions` where hidden ones are predicted.
+                `alone_labels` where masked text modelling is, with `regions` where the model reads
+                them, `masked_regions` where hidden ones are predicted, `hidden_patches` and `codes`
+                for MIM, `features` for VQ-KD.
             seed: keys dropout and hard negatives; the caller varies it by step and rank.
             step: optimizer step, for the ramp of alpha, the end of patch dropping and the choice of
                 objective.
@@ -126,10 +132,12 @@ class PretrainStep(nn.Module):
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """After the optimizer step: bounds the scale, moves the teacher, pushes the step's
-        embeddings into the queue.
+        """After the optimizer step: bounds the scale, moves the teacher and the codes, pushes the
+        step's embeddings into the queue.
         """
         self.model.clamp_scale()
+        if self.model.tokenizer is not None:
+            self.model.tokenizer.codebook.update(fold_seed(self.seed, 3), self.group)
         if self.teacher is not None:
             self.teacher.update(self.model)
         for image, text, ids in self._to_enqueue:
@@ -138,7 +146,8 @@ class PretrainStep(nn.Module):
 
     def _passes(self, batch: Batch, config: ObjectivesConfig, seed: int, step: int) -> Passes:
         """The towers' passes."""
-        plan, alpha = Plan.of(config), config.alpha_at(step)
+        plan = Plan.of(config, one_stack=self.model.config.one_stack)
+        alpha = config.alpha_at(step)
         kept = self._kept_patches(batch, step)
         mixed = Rows.MIXED in plan.fusion
         return Passes(

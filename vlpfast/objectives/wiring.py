@@ -5,6 +5,7 @@ from __future__ import annotations
 from vlpfast.models.config import ModelConfig
 from vlpfast.models.presets import missing
 from vlpfast.objectives.config import ObjectivesConfig
+from vlpfast.objectives.plan import Plan
 
 # Of `ModelConfig.parts`.
 NEEDS = {
@@ -19,6 +20,9 @@ NEEDS = {
     "mrckl": ("region heads",),
     "mtm": ("one stack for both", "a token head"),
     "lm": ("a text decoder",),
+    "mim": ("a code head",),
+    "mvm": ("one stack for both", "a code head"),
+    "vqkd": ("a codebook",),
 }
 
 
@@ -31,15 +35,22 @@ def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
             if part not in model.parts:
                 raise ValueError(f"objectives.{name} needs {part}; {missing(model.preset, part)}")
     fusion = model.fusion
-    others = objectives.mlm or objectives.itm or objectives.masks_regions
-    if objectives.mtm and others and (fusion.relative_bias or fusion.joint_experts):
+    rows = Plan.of(objectives, one_stack=model.one_stack)
+    staged = fusion.relative_bias or fusion.joint_experts
+    if staged and rows.reads_alone and len(rows.fusion) > 1:
         raise ValueError(
-            f"objectives.mtm trains preset {model.preset!r} on texts alone in a stage of its own, "
-            "because of its fusion.relative_bias and fusion.joint_experts: set itm and mlm to 0"
+            "objectives.mtm and objectives.mim read one modality alone: they train preset "
+            f"{model.preset!r}, which has fusion.relative_bias or fusion.joint_experts, in stages "
+            "of their own, without each other, itm, mlm and mvm"
         )
     if objectives.mlm_causal and "one stack for both" not in model.parts:
         part = "one stack for both"
         raise ValueError(f"objectives.mlm_causal needs {part}; {missing(model.preset, part)}")
+    if objectives.hides_patches and (model.vision.patch_dropout or model.vision.max_patches):
+        raise ValueError(
+            "objectives.mim hides patches of whole images: model.vision.patch_dropout and "
+            "model.vision.max_patches must be 0"
+        )
     idle = "a learned scale" in model.parts and not (objectives.itc or objectives.sigmoid)
     if objectives.hinge and idle:
         raise ValueError(

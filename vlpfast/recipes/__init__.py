@@ -13,6 +13,7 @@ from vlpfast.config import close_match
 from vlpfast.recipes import (
     albef,
     align,
+    beit2,
     beit3,
     clip,
     coca,
@@ -21,13 +22,31 @@ from vlpfast.recipes import (
     siglip,
     uniter,
     vilt,
+    vlmo,
+    vqkd,
     vsepp,
 )
 from vlpfast.train.config import RunConfig
 
+_SYSTEMS = (
+    albef,
+    align,
+    beit2,
+    beit3,
+    clip,
+    coca,
+    flip,
+    pixel_bert,
+    siglip,
+    uniter,
+    vilt,
+    vlmo,
+    vqkd,
+    vsepp,
+)
 _RECIPES: dict[str, Callable[[], RunConfig]] = {
     f"{module.__name__.rpartition('.')[2]}_{variant}": recipe
-    for module in (albef, align, beit3, clip, coca, flip, pixel_bert, siglip, uniter, vilt, vsepp)
+    for module in _SYSTEMS
     for variant, recipe in module.RECIPES.items()
 }
 

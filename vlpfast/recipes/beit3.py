@@ -1,4 +1,6 @@
-"""BEiT-3: what is masked is predicted, of texts alone and of pairs, by one stack of experts."""
+"""BEiT-3: what is masked is predicted, of images, of texts and of pairs, by one stack of experts;
+set `objectives.guide` to the run of a tokenizer (`vqkd_...`) of the same patches.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from vlpfast.recipes import clip
 from vlpfast.train.config import OptimConfig, RunConfig, TrainConfig
 
 # Half of the words are masked where the image can be seen, 15 % where it cannot.
-OBJECTIVES = ObjectivesConfig(itc=0.0, mlm=1.0, mtm=1.0, mlm_probability=0.5, mtm_probability=0.15)
+_WORDS = ObjectivesConfig(itc=0.0, mlm=1.0, mtm=1.0, mlm_probability=0.5, mtm_probability=0.15)
+OBJECTIVES = replace(_WORDS, mim=1.0, mvm=1.0, mim_probability=0.4)
 
 
 def _pretraining(size: str, **text) -> dict:
@@ -49,10 +52,23 @@ def scenes(*, steps: int = 700) -> RunConfig:
     )
 
 
+def scenes_words(*, steps: int = 700) -> RunConfig:
+    """`scenes` without masked images, and so without a tokenizer."""
+    config = scenes(steps=steps)
+    return replace(
+        config,
+        name="beit3_scenes_words",
+        model=replace(config.model, codes=0),
+        objectives=_WORDS,
+    )
+
+
 def scenes_retrieval(*, steps: int = 700) -> RunConfig:
     """Contrast of the same stack's two modalities, as BEiT-3 is tuned for retrieval."""
     config = scenes(steps=steps)
-    model = preset_config("beit3", "tiny", context_length=64, vocab_size=512, mlm_head=False)
+    model = preset_config(
+        "beit3", "tiny", context_length=64, vocab_size=512, mlm_head=False, codes=0
+    )
     return replace(
         config,
         name="beit3_scenes_retrieval",
@@ -90,7 +106,7 @@ def base_captioning() -> RunConfig:
     return replace(
         config,
         name="beit3_base_captioning",
-        model=replace(config.model, image_size=480),
+        model=replace(config.model, image_size=480, codes=0),
         objectives=ObjectivesConfig(itc=0.0, mlm=1.0, mlm_causal=True, mlm_probability=0.6),
         data=replace(config.data, max_tokens=32),
         optim=replace(config.optim, lr=4e-5, beta2=0.999, eps=1e-8, warmup=1000),
@@ -108,7 +124,7 @@ def base_retrieval() -> RunConfig:
     return replace(
         config,
         name="beit3_base_retrieval",
-        model=preset_config("beit3", "base", image_size=384, mlm_head=False),
+        model=preset_config("beit3", "base", image_size=384, mlm_head=False, codes=0),
         objectives=ObjectivesConfig(itc=1.0),
         optim=replace(config.optim, lr=2e-4, beta2=0.999, eps=1e-8, warmup=500),
         train=TrainConfig(batch_size=192, epochs=15, precision="amp_bf16"),
@@ -122,5 +138,6 @@ RECIPES = {
     "base_captioning": base_captioning,
     "base_retrieval": base_retrieval,
     "scenes": scenes,
+    "scenes_words": scenes_words,
     "scenes_retrieval": scenes_retrieval,
 }

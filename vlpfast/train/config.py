@@ -78,6 +78,9 @@ class TrainConfig:
         time_limit_minutes: stop with a checkpoint after this long; 0 is no limit. The schedule
             stays that of `steps`, so a resumed run continues it.
         report_to: "tensorboard" or "none".
+        init: run folder whose newest weights and tokenizer a new run starts from; what only one of
+            the two models has is named in the log.
+        freeze: parameters that are not trained, by patterns of their names ("vision.*").
     """
 
     batch_size: int
@@ -95,6 +98,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     time_limit_minutes: float = 0.0
     report_to: Literal["tensorboard", "none"] = "tensorboard"
+    init: str = ""
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.batch_size > 0, "train.batch_size", "> 0", self.batch_size)

@@ -157,7 +157,7 @@ class Trainer:
     def _start(self, resume: str | None) -> list[str]:
         """Restores what there is to restore, writes the run folder; returns what to say of it."""
         folder = self.run.folder
-        notes, path = [], checkpoint.find(folder, resume)
+        notes, path = list(self.run.notes), checkpoint.find(folder, resume)
         if path is not None:
             state = checkpoint.load(path)
             checkpoint.check_same(path, state, self.identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 from collections.abc import Callable, Iterable
 
@@ -26,6 +27,25 @@ def decays(name: str, parameter: nn.Parameter, no_decay: Iterable[str] = ()) -> 
     if parameter.ndim < 2 or name.rpartition(".")[2] == "bias" or "logit_scale" in name:
         return False
     return not any(part in name for part in no_decay)
+
+
+def freeze(module: nn.Module, patterns: Iterable[str]) -> None:
+    """Parameters whose names fit one of `patterns` ("vision.*") take no gradient.
+
+    Raises:
+        ValueError: a pattern fits no parameter, or nothing is left to train.
+    """
+    parameters = dict(module.named_parameters())
+    for pattern in patterns:
+        fitting = fnmatch.filter(parameters, pattern)
+        if not fitting:
+            raise ValueError(
+                f"train.freeze: no parameter fits {pattern!r}; known: {', '.join(parameters)}"
+            )
+        for name in fitting:
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(f"train.freeze {tuple(patterns)} leaves nothing to train")
 
 
 def param_groups(

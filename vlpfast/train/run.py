@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,16 +16,19 @@ from vlpfast.data.batch import Batch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, make_tokenizer, open_index
-from vlpfast.data.masking import mask_regions, mask_text
+from vlpfast.data.masking import mask_patches, mask_regions, mask_text
 from vlpfast.data.sources import containers
 from vlpfast.data.tokenizer import Tokenizer
+from vlpfast.models.load import run_config, start_from
 from vlpfast.models.vlp import VLPModel
+from vlpfast.objectives.guide import Guide
 from vlpfast.objectives.step import PretrainStep
 from vlpfast.ops.seed import fold_seed
 from vlpfast.train import checkpoint
 from vlpfast.train.config import RunConfig
 from vlpfast.train.distributed import open_world
 from vlpfast.train.loop import Trainer
+from vlpfast.train.optim import freeze
 from vlpfast.train.types import Loader, Run, TrainResult
 
 
@@ -30,7 +36,8 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
     """Trains `config` and leaves everything in its run folder.
 
     The folder holds config.json, tokenizer.json, out.log, metrics.jsonl, loss.png, tensorboard/,
-    checkpoints/step_K.pt, and at the end model.safetensors.
+    checkpoints/step_K.pt, and at the end model.safetensors; guide.json is the configuration of the
+    run that `objectives.guide` names.
 
     Args:
         config: of the whole run. The model's vocabulary becomes the tokenizer's.
@@ -50,12 +57,16 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
         with world.main_first("the first process to index the data"):
             index = open_index(config.data)
             tokenizer = open_tokenizer(config, index, resume)
-        config = fit_parts(config, tokenizer)
+        guide = Guide.open(config.objectives, world.device)
+        config = fit_parts(config, tokenizer, guide)
         seed = config.train.seed
         # Only the initial weights are drawn from the global generator.
         torch.manual_seed(seed)
         group = dist.group.WORLD if world.size > 1 else None
-        step = PretrainStep(VLPModel(config.model), config.objectives, group, seed=seed)
+        model = VLPModel(config.model)
+        notes = start_from(model, Path(config.train.init)) if config.train.init else ()
+        freeze(model, config.train.freeze)
+        step = PretrainStep(model, config.objectives, group, seed=seed)
 
         def open_loader(micro_batch: int) -> Loader:
             return make_loader(
@@ -89,35 +100,62 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
                     batch.visual("regions"), probability=objectives.mrm_probability, **key
                 )
                 batch = replace(batch, masked_regions=hidden)
+            if objectives.hides_patches:
+                patches = config.model.num_patches
+                count = max(1, round(objectives.mim_probability * patches))
+                ids = mask_patches(count, math.isqrt(patches), **key)
+                batch = replace(batch, hidden_patches=ids)
+            if guide is not None:
+                bf16 = config.train.precision == "amp_bf16"
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+                    batch = guide.fill(batch)
             return batch
+
+        identity = {"data": data_identity(index, config.data), "tokenizer": tokenizer.sha256}
+        files = {"tokenizer.json": tokenizer.save}
+        if guide is not None:
+            identity["guide"] = guide.sha256
+            text = json.dumps(run_config(Path(config.objectives.guide)), indent=2) + "\n"
+            files["guide.json"] = lambda path: path.write_text(text)
 
         run = Run(
             name=config.name,
             folder=config.run_dir,
             num_samples=index.num_samples,
             config=to_dict(config),
-            identity={"data": data_identity(index, config.data), "tokenizer": tokenizer.sha256},
-            files={"tokenizer.json": tokenizer.save},
+            identity=identity,
+            files=files,
+            notes=notes,
         )
         trainer = Trainer(step, open_loader, config.optim, config.train, run, world, prepare)
         return trainer.fit(resume)
 
 
 def open_tokenizer(config: RunConfig, index: Index, resume: str | None) -> Tokenizer:
-    """The tokenizer that the config names; resuming does not train it again."""
+    """The tokenizer that the config names; neither resuming nor a start from another run's weights
+    trains it again.
+    """
     kept = config.run_dir / "tokenizer.json"
     if resume is not None and config.data.tokenizer == "train" and kept.is_file():
         return Tokenizer.load(kept)
+    if config.train.init and config.data.tokenizer == "train":
+        return Tokenizer.load(Path(config.train.init) / "tokenizer.json")
     return make_tokenizer(config.data, index)
 
 
-def fit_parts(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """The config with the model's vocabulary set to the tokenizer's.
+def fit_parts(config: RunConfig, tokenizer: Tokenizer, guide: Guide | None = None) -> RunConfig:
+    """The config with the model's vocabulary set to the tokenizer's, and its codes or the width of
+    its targets to the guide's.
 
     Raises:
-        ValueError: captions may be longer than the model's context, or MLM lacks a mask token.
+        ValueError: captions may be longer than the model's context, MLM lacks a mask token, or the
+            guide has other patches.
     """
+    if guide is not None:
+        config = replace(config, model=guide.fit(config.model))
     text = config.model.text
+    if text.kind == "none":
+        return config
     if config.data.max_tokens > text.context_length:
         raise ValueError(
             f"data.max_tokens must be <= model.text.context_length {text.context_length}, "

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -46,6 +46,7 @@ class Run:
         config: the effective configuration, for `config.json` and checkpoints.
         identity: what must be the same on resuming, by name (data, tokenizer).
         files: further files of the run folder, by name, each with what writes it to a path.
+        notes: for the log of a new run.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Run:
     config: Mapping[str, object]
     identity: Mapping[str, str | int]
     files: Mapping[str, Callable[[Path], object]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from dataclasses import fields, replace
 
 from vlpfast.config import close_match
 from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets import caption, concat, cross, dual, experts
+from vlpfast.models.presets import caption, codes, concat, cross, dual, experts
 
 _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "albef": cross.albef,
     "align": dual.align,
+    "beit2": codes.beit2,
     "beit3": experts.beit3,
     "clip": dual.clip,
     "coca": caption.coca,
@@ -24,6 +25,7 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "uniter": concat.uniter,
     "vilt": concat.vilt,
     "vlmo": experts.vlmo,
+    "vqkd": codes.vqkd,
     "vse++": dual.vsepp,
 }
 SIZES = ("tiny", "small", "base")

@@ -11,7 +11,7 @@ _HALF = (0.5, 0.5, 0.5)
 def beit3(size: str) -> ModelConfig:
     """BEiT-3 as released: all projections, norms and MLPs per modality, only the attention's
     product in common, Sub-LN; base is ViT-B/16 at 224 px with 64,010 tokens: 220.99 M parameters,
-    1.18 M more in the projections of contrast, 49.2 M in the token head.
+    1.18 M more in the projections of contrast, 49.2 M in the token head, 6.3 M in that of codes.
 
     Source: Wang et al. 2022, arXiv:2208.10442; microsoft/unilm beit3/modeling_utils.py, torchscale
     model/BEiT3.py.
@@ -31,7 +31,7 @@ def beit3(size: str) -> ModelConfig:
             **shape,
             depth=0,
             vocab_size=64010 if base else 4096,
-            context_length=1024 if base else 77,
+            context_length=1022 if base else 77,
             pool="first",
             **eps,
         ),
@@ -44,6 +44,7 @@ def beit3(size: str) -> ModelConfig:
             order="image",
             **eps,
         ),
+        codes=8192 if base else 256,
         mlm_head=True,
         mlm_transform=False,
         mlm_tied=False,
@@ -98,6 +99,7 @@ def vlmo(size: str) -> ModelConfig:
             key_bias=False,
             layer_scale=0.1,
         ),
+        codes=8192 if base else 256,
         joint_embedding=True,
         mlm_head=True,
         mlm_tied=False,

@@ -1,0 +1,122 @@
+"""A codebook of unit vectors: patches to codes and back, learned by moving averages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlpfast.ops.reference.counter import draw, stream
+
+# Similarities held at once: 64 MiB of fp32.
+_MOST_SIMILARITIES = 1 << 24
+
+
+class Quantized(NamedTuple):
+    """codes (n,) int64; vectors (n, d): theirs, with the gradient of what was quantized;
+    commitment: 0-d sum over rows of the mean square of the difference.
+    """
+
+    codes: Tensor
+    vectors: Tensor
+    commitment: Tensor
+
+
+class Codebook(nn.Module):
+    """K unit vectors of width d, each the moving average of the unit inputs that are nearest to it.
+
+        code(z) = argmax_k <z, e_k>;   e_k <- unit(decay e_k + (1 - decay) unit(sum of its z))
+
+    A code without an input keeps its vector. All begin as inputs of the first step; one whose share
+    of the inputs, averaged likewise, falls below `revive_below` / K becomes an input of the step.
+
+    Args:
+        size, dim: K and d.
+        decay: of the averages, for each step.
+        revive_below: 0 leaves unused codes where they are.
+
+    Source: Peng et al. 2022 (BEiT v2), section 2.1, arXiv:2208.06366; microsoft/unilm
+    beit2/norm_ema_quantizer.py. Deviations: no k-means on the first batch; codes are revived.
+    """
+
+    def __init__(self, size: int, dim: int, *, decay: float, revive_below: float) -> None:
+        super().__init__()
+        self.decay, self.revive_below = decay, revive_below
+        self.register_buffer("vectors", F.normalize(torch.randn(size, dim), dim=-1))
+        self.register_buffer("shares", torch.zeros(size))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._pending: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def share_in_use(self) -> Tensor:
+        """0-d: of the codes, those that are used more than a tenth of the mean."""
+        return (self.shares > 0.1 / len(self.shares)).float().mean()
+
+    def codes(self, z: Tensor) -> Tensor:
+        """Nearest codes (n,) of z (n, d), unit or not; of equally near ones the first."""
+        rows = max(1, _MOST_SIMILARITIES // len(self.vectors))
+        z = z.to(self.vectors.dtype)
+        # In bf16 many codes would be equally near.
+        with torch.autocast(z.device.type, enabled=False):
+            return torch.cat([(part @ self.vectors.T).argmax(1) for part in z.split(rows)])
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantizes z (n, d), scaled to unit length; in training remembers it for `update`."""
+        z = F.normalize(z.to(self.vectors.dtype), dim=-1)
+        with torch.no_grad():
+            codes = self.codes(z)
+        nearest = self.vectors[codes]
+        if self.training:
+            self._pending.append((z.detach(), codes))
+        commitment = (z - nearest).square().mean(1).sum()
+        return Quantized(codes, z + (nearest - z).detach(), commitment)
+
+    @torch.no_grad()
+    def update(self, seed: int, group: dist.ProcessGroup | None) -> None:
+        """Moves the vectors by what was quantized since the last update, on all ranks of `group`.
+
+        Args:
+            seed: chooses the inputs that revived codes become; each rank offers some of its own.
+            group: ranks, or None.
+        """
+        if not self._pending:
+            return
+        z, codes = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+        self._pending.clear()
+        sums, counts = sums_by_code(z, codes, len(self.vectors))
+        total = torch.cat([sums, counts[:, None]], 1)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        sums, counts = total[:, :-1], total[:, -1]
+        moved = torch.lerp(F.normalize(sums, dim=-1), self.vectors, self.decay)
+        moved = torch.where(counts[:, None] > 0, F.normalize(moved, dim=-1), self.vectors)
+        self.shares.lerp_(counts / counts.sum(), 1 - self.decay)
+        size = len(self.vectors)
+        revived = (self.shares < self.revive_below / size) | (self.steps == 0)
+        self.vectors.copy_(torch.where(revived[:, None], self._inputs(z, seed, group), moved))
+        # As if it had been used as often as the others: it has time to find inputs.
+        self.shares.masked_fill_(revived, 1 / size)
+        self.steps += 1
+
+    def _inputs(self, z: Tensor, seed: int, group: dist.ProcessGroup | None) -> Tensor:
+        """(K, d) random inputs of the step; K / W of each of W ranks."""
+        size, world = len(self.vectors), 1 if group is None else dist.get_world_size(group)
+        offered = -(-size // world)
+        number = torch.arange(offered, device=z.device)
+        chosen = z[(draw(stream(seed, self.steps), number) * len(z)) >> 32]
+        if group is not None:
+            parts = [torch.empty_like(chosen) for _ in range(world)]
+            dist.all_gather(parts, chosen, group=group)
+            chosen = torch.stack(parts, 1).flatten(0, 1)
+        return chosen[:size]
+
+
+def sums_by_code(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Sums (K, d) and numbers (K,) of the rows of z (n, d) of each code, in a fixed order."""
+    sorted_codes, order = codes.sort(stable=True)
+    ends = torch.searchsorted(sorted_codes, torch.arange(size + 1, device=codes.device))
+    sums = torch.segment_reduce(z[order], "sum", offsets=ends, initial=0, unsafe=True)
+    return sums, ends.diff().to(z.dtype)

@@ -1,0 +1,72 @@
+"""Losses on discrete codes of patches: telling hidden ones (BEiT), and learning the codes
+themselves (VQ-KD).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vlpfast.objectives.passes import Loss, Passes
+from vlpfast.objectives.plan import Rows
+from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
+
+
+def mim(passes: Passes) -> Loss:
+    """Masked image modelling: cross-entropy with the codes of hidden patches, by the tower's tokens
+    and, where there is one, by the class token's head; a sum of the two for each patch.
+
+    Source: Peng et al. 2022 (BEiT v2), eq. 5 and section 2.3, arXiv:2208.06366.
+    """
+    if passes.model.config.one_stack:
+        return _fused_codes(passes, Rows.MASKED_IMAGE_ALONE)
+    batch, image = passes.batch, passes.student.image
+    ids, first = batch.hidden_patches, len(batch) if passes.plan.clean_image else 0
+    heads = [image.tokens] if image.class_head is None else [image.tokens, image.class_head]
+    hidden = [
+        passes.model.patches(tokens[first:]).take_along_dim(ids[..., None], 1) for tokens in heads
+    ]
+    target = batch.codes.gather(1, ids).flatten()
+    # One product with the codes' weights for both heads.
+    inputs = passes.model.code_head_inputs(torch.stack(hidden).flatten(0, 2))
+    loss = linear_cross_entropy(*inputs[:2], target.repeat(len(heads)), inputs[2], reduction="sum")
+    return loss, torch.tensor(target.shape[0], device=loss.device)
+
+
+def mvm(passes: Passes) -> Loss:
+    """Masked vision modelling: the same of hidden patches of images whose texts can be seen.
+
+    Source: Wang et al. 2022 (BEiT-3), section 2.2, arXiv:2208.10442.
+    """
+    return _fused_codes(passes, Rows.MASKED_IMAGE)
+
+
+def _fused_codes(passes: Passes, rows: Rows) -> Loss:
+    """Cross-entropy with the codes of hidden patches, by fused image tokens of `rows`."""
+    batch, fused, config = passes.batch, passes.fused.image, passes.model.config
+    ids, first = batch.hidden_patches, passes.plan.first_sequence(rows, len(batch))
+    tokens = config.num_patches + config.vision.class_token
+    starts = torch.arange(len(batch), device=ids.device)[:, None] * tokens
+    places = fused.cu_seqlens[first] + starts + ids + config.vision.class_token
+    hidden, weight, bias = passes.model.code_head_inputs(fused.values[places.flatten()])
+    target = batch.codes.gather(1, ids).flatten()
+    loss = linear_cross_entropy(hidden, weight, target, bias, reduction="sum")
+    return loss, torch.tensor(target.shape[0], device=loss.device)
+
+
+def vqkd(passes: Passes) -> Loss:
+    """A tokenizer's training: 1 - cosine of decoded and the teacher's features, and the mean square
+    of how far vectors are from their codes, of each patch. `metrics` gets the cosine and the share
+    of codes in use.
+
+    Source: Peng et al. 2022 (BEiT v2), eq. 3, arXiv:2208.06366; microsoft/unilm
+    beit2/modeling_vqkd.py.
+    """
+    model, target = passes.model, passes.batch.features
+    out = model.tokenizer(model.patches(passes.student.image.tokens), passes.seed)
+    cosine = F.cosine_similarity(out.features.float(), target.float(), dim=-1)
+    count = cosine.numel()
+    passes.metrics["vqkd_cosine"] = cosine.mean().detach()
+    passes.metrics["codes_in_use"] = model.tokenizer.codebook.share_in_use
+    loss = (1 - cosine).sum() + passes.config.commitment * out.commitment
+    return loss, torch.tensor(count, device=loss.device)
