@@ -17,6 +17,7 @@ VARIANTS = {
 _FIRST_HEADING = {
     "mlm": "true image",
     "align": "true image",
+    "caption": "true image",
     "codes": "trained",
     "mim": "hidden patches",
     "linear": "trained",

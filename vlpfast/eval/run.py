@@ -22,6 +22,7 @@ from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, open_index
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.eval.align import align_probe
+from vlpfast.eval.caption import caption_probe
 from vlpfast.eval.codes import codes_probe, linear_probe, mim_probe
 from vlpfast.eval.load import load_run
 from vlpfast.eval.probe import mlm_probe, swap_probe
@@ -34,7 +35,7 @@ from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.objectives.guide import Guide
 from vlpfast.ragged import Ragged
 
-TASKS = ("retrieval", "mlm", "swap", "align", "codes", "mim", "linear")
+TASKS = ("retrieval", "mlm", "swap", "align", "caption", "codes", "mim", "linear")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class EvalOptions:
         rerank_k: candidates of each query that the matching head re-ranks; 0 is none.
         itc_weight: what the contrastive similarity adds to the matching score (BLIP: 1).
         pool_texts: "mean" makes one candidate of all texts of an id: scoring by concept.
-        captions: places of the captions that retrieval uses of each sample; empty: all.
+        captions: places of the captions that retrieval uses of each sample; empty: all. What is
+            written is compared with them; empty: with those that training draws from.
+        num_beams: of the search for captions; 1 is greedy.
         batch_size: images encoded at once, and texts.
         pairs_per_call: image-text pairs matched at once.
         max_samples: the first so many samples of the data; 0 is all.
@@ -57,6 +60,7 @@ class EvalOptions:
     itc_weight: float = 0.0
     pool_texts: PoolTexts = "none"
     captions: tuple[int, ...] = ()
+    num_beams: int = 1
     batch_size: int = 128
     pairs_per_call: int = 512
     max_samples: int = 0
@@ -74,6 +78,7 @@ class EvalOptions:
         for name, least in (
             ("rerank_k", 0),
             ("max_samples", 0),
+            ("num_beams", 1),
             ("batch_size", 1),
             ("pairs_per_call", 1),
         ):
@@ -263,6 +268,25 @@ class _Evaluation:
                 f"preset {self.model.config.preset!r} does not"
             )
         return align_probe(self.model, self._batches("align"), self.index, self.tokenizer)
+
+    def caption(self) -> EvalResult:
+        options, index = self.options, self.index
+        places = options.captions or self.data.captions
+
+        def captions(sample: int) -> list[str]:
+            every = index.captions(sample)
+            return [every[n] for n in places if n < len(every)] or every
+
+        result = caption_probe(
+            self.model,
+            self._batches("caption"),
+            captions,
+            self.tokenizer,
+            max_tokens=min(self.data.max_tokens, self.model.config.text.context_length),
+            num_beams=options.num_beams,
+            seed=options.seed,
+        )
+        return replace(result, info=result.info | options.protocol)
 
     def codes(self) -> EvalResult:
         self._need("codes", "a codebook")

@@ -18,6 +18,7 @@ from vlpfast.layers.region import RegionHeads
 from vlpfast.models.config import ModelConfig, TextConfig
 from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.experts import ExpertTower
+from vlpfast.models.generate import Generated, SearchOptions, generate
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
 from vlpfast.models.presets import missing, preset_config
 from vlpfast.models.tokenizer import VisualTokenizer
@@ -364,6 +365,25 @@ class VLPModel(nn.Module):
     def next_token_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (n, V) of states (n, D) of `decode`."""
         return _full(F.linear(*self.lm_head_inputs(hidden)))
+
+    def generate(
+        self, images: Tensor | Regions, *, start_id: int, end_id: int, max_tokens: int, **options
+    ) -> Generated:
+        """A text about each of the images, without a gradient; arguments as
+        `generate.SearchOptions`. The model should be in eval mode.
+
+        Example: `model.generate(images, start_id=1, end_id=2, max_tokens=32, num_beams=3).text`.
+        """
+        search = SearchOptions(start_id, end_id, max_tokens, **options)
+        self._need(self.lm_head, "a text decoder")
+        if max_tokens > self.config.text.context_length:
+            raise ValueError(
+                f"max_tokens must be <= text.context_length {self.config.text.context_length}, "
+                f"got {max_tokens}"
+            )
+        with torch.no_grad():
+            keys = self.image_keys(self.encode_image(images).tokens)
+            return generate(self, keys, len(images), search)
 
     def match(self, fused: Ragged) -> Tensor:
         """Image-text matching logits (R, 2) from the first token of each row; index 1 says "they

@@ -1,0 +1,189 @@
+"""Writing texts about images: greedy and beam search over a model's `decode`.
+
+Each step runs one token of every text: its earlier self-attention keys are kept, and the images'
+keys are read by index, one copy for all beams. Nothing waits for the device but the question, every
+few steps, whether all texts have ended.
+
+Letters: K beams, R = B * K texts, L tokens at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlpfast.layers.keys import KeyCache
+from vlpfast.ragged import Ragged
+
+# Steps between the questions.
+_ASK_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Generated:
+    """text: packed ids of B texts, start token first; the end token is last unless the text was cut
+    at its bound. scores (B,): what the search ordered by.
+    """
+
+    text: Ragged
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How texts are sought.
+
+    Attributes:
+        start_id, end_id: token ids a text starts and ends with.
+        max_tokens, min_tokens: bounds of a text's length, start and end token included.
+        num_beams: 1 is greedy.
+        length_penalty: p >= 0 of the score, sum of log-probabilities / (tokens written ** p).
+        banned: ids that are never written (padding, masks).
+        cached: keep keys; else each step computes all tokens again (for tests).
+    """
+
+    start_id: int
+    end_id: int
+    max_tokens: int
+    min_tokens: int = 2
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    banned: tuple[int, ...] = ()
+    cached: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams must be >= 1, got {self.num_beams}")
+        if not 2 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                "min_tokens and max_tokens must be 2 <= min_tokens <= max_tokens, got "
+                f"{self.min_tokens} and {self.max_tokens}"
+            )
+        if self.length_penalty < 0:
+            raise ValueError(f"length_penalty must be >= 0, got {self.length_penalty}")
+        if self.end_id in self.banned:
+            raise ValueError(f"banned must not hold end_id {self.end_id}")
+
+
+@torch.no_grad()
+def generate(model: nn.Module, keys: object, num_images: int, options: SearchOptions) -> Generated:
+    """One text for each image.
+
+    Args:
+        model: in eval mode, with `decode` and `next_token_logits`.
+        keys: `model.image_keys` of the images.
+        num_images: B.
+        options: of the search.
+
+    Source: beam search as Wu et al. 2016, section 7, arXiv:1609.08144, with the score of
+        transformers' `length_penalty`; a search ends where no live beam can pass the ended ones.
+    """
+    search = _greedy if options.num_beams == 1 else _beams
+    return search(_Writer(model, keys, num_images, options), options)
+
+
+class _Writer:
+    """log p of the next token of B * K texts; text b * K + k reads image b."""
+
+    def __init__(self, model: nn.Module, keys: object, size: int, options: SearchOptions) -> None:
+        self.model, self.keys, self.options, self.size = model, keys, options, size
+        rows, device = size * options.num_beams, model.device
+        self.kv_index = torch.arange(size, device=device).repeat_interleave(options.num_beams)
+        self.cache = KeyCache(rows, options.max_tokens) if options.cached else None
+        self.banned = torch.tensor(options.banned, dtype=torch.int64, device=device)
+        self.start = torch.full((rows, options.max_tokens), options.end_id, device=device)
+        self.start[:, 0] = options.start_id
+
+    def log_p(self, tokens: Tensor) -> Tensor:
+        """(R, V) from the texts so far (R, n); with a cache all but the last token are in it."""
+        fresh = tokens if self.cache is None else tokens[:, self.cache.length :]
+        text = Ragged.from_dense(fresh)
+        states = self.model.decode(text, self.keys, self.kv_index, cache=self.cache)
+        if self.cache is not None:
+            self.cache.advance(fresh.shape[1])
+        log_p = self.model.next_token_logits(states.values[text.last()]).log_softmax(-1)
+        log_p = log_p.index_fill(1, self.banned, -torch.inf)
+        if tokens.shape[1] + 1 < self.options.min_tokens:
+            log_p[:, self.options.end_id] = -torch.inf
+        return log_p
+
+    def follow(self, rows: Tensor) -> None:
+        """Text r goes on from what was text `rows[r]` (R,)."""
+        if self.cache is not None:
+            self.cache.select(rows)
+
+
+def _greedy(writer: _Writer, options: SearchOptions) -> Generated:
+    tokens = writer.start
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    lens, total = torch.ones_like(tokens[:, 0]), torch.zeros_like(tokens[:, 0], dtype=torch.float32)
+    for length in range(1, options.max_tokens):
+        if length % _ASK_EVERY == 0 and bool(ended.all()):
+            break
+        best, word = writer.log_p(tokens[:, :length]).max(-1)
+        tokens[:, length] = torch.where(ended, options.end_id, word)
+        total = torch.where(ended, total, total + best)
+        lens += ~ended
+        ended = ended | (word == options.end_id)
+    scores = total / (lens - 1).to(total) ** options.length_penalty
+    return Generated(Ragged.from_padded(tokens, lens), scores)
+
+
+def _beams(writer: _Writer, options: SearchOptions) -> Generated:
+    beams, size = options.num_beams, writer.size
+    tokens = writer.start.unflatten(0, (size, beams))
+    first_row = torch.arange(size, device=tokens.device)[:, None] * beams
+    # All beams start alike: only the first is live.
+    live = torch.zeros(tokens.shape[:2], device=tokens.device)
+    live[:, 1:] = -torch.inf
+    done = _Ended(tokens, options)
+    for length in range(1, options.max_tokens):
+        if length % _ASK_EVERY == 0 and bool(done.surpass(live)):
+            break
+        log_p = writer.log_p(tokens[:, :, :length].flatten(0, 1)).unflatten(0, (size, beams))
+        # Of 2K candidates at most K end, one of each beam.
+        total, place = (live[:, :, None] + log_p).flatten(1).topk(2 * beams)
+        parent, word = place // log_p.shape[-1], place % log_p.shape[-1]
+        ends = word == options.end_id
+        grown = _rows(tokens, parent)
+        grown[:, :, length] = word
+        done.add(grown, total.masked_fill(~ends, -torch.inf), length + 1)
+        live, chosen = total.masked_fill(ends, -torch.inf).topk(beams)
+        tokens = _rows(grown, chosen)
+        writer.follow((first_row + parent.gather(1, chosen)).flatten())
+    done.add(tokens, live, options.max_tokens)
+    best = done.scores.argmax(1, keepdim=True)
+    lens = done.lens.gather(1, best)[:, 0]
+    return Generated(
+        Ragged.from_padded(_rows(done.tokens, best)[:, 0], lens),
+        done.scores.gather(1, best)[:, 0],
+    )
+
+
+class _Ended:
+    """The K best texts of each image that have ended."""
+
+    def __init__(self, tokens: Tensor, options: SearchOptions) -> None:
+        self.tokens, self.lens = tokens, torch.ones_like(tokens[:, :, 0])
+        self.scores = torch.full(tokens.shape[:2], -torch.inf, device=tokens.device)
+        self.options = options
+
+    def add(self, tokens: Tensor, total: Tensor, length: int) -> None:
+        """Texts (B, n, L) of `length` tokens with sums of log-probabilities `total` (B, n)."""
+        scores = torch.cat([self.scores, total / (length - 1) ** self.options.length_penalty], 1)
+        lens = torch.cat([self.lens, torch.full_like(tokens[:, :, 0], length)], 1)
+        self.scores, kept = scores.topk(self.options.num_beams)
+        self.lens = lens.gather(1, kept)
+        self.tokens = _rows(torch.cat([self.tokens, tokens], 1), kept)
+
+    def surpass(self, live: Tensor) -> Tensor:
+        """Whether no live text can pass them: sums only fall, and count most when longest."""
+        bound = live.amax(1) / (self.options.max_tokens - 1) ** self.options.length_penalty
+        return (self.scores.amin(1) >= bound).all()
+
+
+def _rows(tokens: Tensor, rows: Tensor) -> Tensor:
+    """tokens (B, n, L) and rows (B, m) -> (B, m, L)."""
+    return tokens.gather(1, rows[:, :, None].expand(-1, -1, tokens.shape[2]))
