@@ -1,4 +1,4 @@
-"""Evaluates a model, or the newest weights of a run folder, on retrieval, mlm, swap and align."""
+"""Evaluates a model, or the newest weights of a run folder, on any of `TASKS`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlpfast.data.batch import Batch
+from vlpfast.data.classes import open_classes
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, open_index
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.eval.align import align_probe
+from vlpfast.eval.classify import classify_probe
 from vlpfast.eval.load import load_run
 from vlpfast.eval.probe import mlm_probe, swap_probe
 from vlpfast.eval.report import EvalResult, save_bars
@@ -31,7 +33,7 @@ from vlpfast.models.presets import missing
 from vlpfast.models.vlp import VLPModel
 from vlpfast.ragged import Ragged
 
-TASKS = ("retrieval", "mlm", "swap", "align")
+TASKS = ("retrieval", "mlm", "swap", "align", "classify")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class EvalOptions:
         itc_weight: what the contrastive similarity adds to the matching score (BLIP: 1).
         pool_texts: "mean" makes one candidate of all texts of an id: scoring by concept.
         captions: places of the captions that retrieval uses of each sample; empty: all.
+        classes: which class names `classify` chooses from, as `DataConfig.classes`; empty: the
+            run's.
         batch_size: images encoded at once, and texts.
         pairs_per_call: image-text pairs matched at once.
         max_samples: the first so many samples of the data; 0 is all.
@@ -54,6 +58,7 @@ class EvalOptions:
     itc_weight: float = 0.0
     pool_texts: PoolTexts = "none"
     captions: tuple[int, ...] = ()
+    classes: str = ""
     batch_size: int = 128
     pairs_per_call: int = 512
     max_samples: int = 0
@@ -251,6 +256,25 @@ class _Evaluation:
                 f"preset {self.model.config.preset!r} does not"
             )
         return align_probe(self.model, self._batches("align"), self.index, self.tokenizer)
+
+    def classify(self) -> EvalResult:
+        model, key = self.model, self.options.classes or self.data.classes
+        if not model.has_joint_space:
+            raise ValueError(
+                "classify compares images with class names in a joint space; "
+                f"{missing(model.config.preset, 'a joint space')}"
+            )
+        if not key:
+            raise ValueError("classify needs class names: set classes")
+        result = classify_probe(
+            model,
+            self._batches("classify"),
+            self.index,
+            open_classes(self.index, key),
+            self.tokenizer,
+            max_tokens=self.data.max_tokens,
+        )
+        return replace(result, info={"classes": key})
 
     def _batches(self, what: str) -> Iterator[Batch]:
         """One pass over the images."""

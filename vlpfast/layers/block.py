@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from vlpfast.ops.attention import attention
 from vlpfast.ops.bias_gelu import bias_gelu
 from vlpfast.ops.residual_norm import residual_norm
 from vlpfast.ops.seed import fold_seed
+
+if TYPE_CHECKING:
+    from vlpfast.layers.moe import Routes
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class Layout:
         max_len: host-side upper bound of their lengths.
         blocks: one int per token, a key is visible iff its block is not above the query's; or
             "causal".
+        routes: kinds of tokens, for blocks with experts (`layers.moe`).
     """
 
     cu_seqlens: Tensor | None = None
     max_len: int | None = None
     blocks: Tensor | Literal["causal"] | None = None
+    routes: Routes | None = None
 
 
 class CrossKeys(NamedTuple):
@@ -71,7 +76,11 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, layout: Layout, seed: int = 0) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return self.out(self.mix(self.qkv(x), layout, seed))
+
+    def mix(self, qkv: Tensor, layout: Layout, seed: int) -> Tensor:
+        """Heads' mixed values (..., D), side by side, of projections (..., 3 D)."""
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
         mixed = attention(
             q,
             k,
@@ -85,7 +94,7 @@ class SelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             seed=seed,
         )
-        return self.out(mixed.flatten(-2))
+        return mixed.flatten(-2)
 
 
 class CrossAttention(nn.Module):
@@ -170,7 +179,7 @@ class Block(nn.Module):
             branches.append(
                 (self.norm_cross, lambda x: self.cross(x, layout, keys, fold_seed(seed, 2)))
             )
-        branches.append((self.norm2, self.mlp))
+        branches.append((self.norm2, lambda x: self.feed_forward(x, layout, fold_seed(seed, 0))))
         for site, (norm, run) in enumerate(branches, start=3):
             if self.post_norm:
                 residual, _ = norm(run(residual), residual, fold_seed(seed, site))
@@ -179,3 +188,7 @@ class Block(nn.Module):
                 normed, residual = norm(x, rest, fold_seed(seed, site))
                 branch = run(normed)
         return branch, residual
+
+    def feed_forward(self, x: Tensor, layout: Layout, seed: int) -> Tensor:
+        """The MLP's branch."""
+        return self.mlp(x)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
 from vlpfast.layers.embedding import PatchEmbedding, TokenEmbedding
 from vlpfast.layers.grid import GridEmbedding
+from vlpfast.layers.moe import MoeBlock
 from vlpfast.layers.pooler import MapPooler
 from vlpfast.layers.region import RegionEmbedding
 from vlpfast.models.config import FusionConfig, ModelConfig, StackConfig, TextConfig, VisionConfig
@@ -24,8 +25,10 @@ from vlpfast.regions import Regions
 
 
 def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
+    experts = getattr(config, "moe_experts", 0)
+    routed = {"num_experts": experts, "top_k": config.moe_top_k} if experts else {}
     return nn.ModuleList(
-        Block(
+        (MoeBlock if experts and number % 2 == 0 else Block)(
             config.dim,
             config.heads,
             mlp_ratio=config.mlp_ratio,
@@ -35,8 +38,9 @@ def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
             dropout=config.dropout,
             attention_dropout=config.attention_dropout,
             cross=cross,
+            **(routed if number % 2 == 0 else {}),
         )
-        for _ in range(config.depth)
+        for number in range(config.depth)
     )
 
 
@@ -228,14 +232,23 @@ class ConcatTower(nn.Module):
             blocks = Ragged.cat([text.with_values(text_blocks), of_images]).select(pieces).values
         # Every other offset: a text and its image are one sequence.
         layout = Layout(packed.cu_seqlens[::2].contiguous(), text.max_len + keys.max_len, blocks)
-        branch, residual = None, packed.values
-        for number, block in enumerate(self.blocks):
-            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
-        packed = packed.with_values(_finish(self.norm, branch, residual, seed))
+        layout = self._routed(layout, packed, own)
+        packed = packed.with_values(self.run(packed.values, layout, seed))
         texts, images = packed.select(2 * own), packed.select(2 * own + 1)
         return FusedOutput(
             replace(texts, max_len=text.max_len), replace(images, max_len=keys.max_len)
         )
+
+    def run(self, tokens: Tensor, layout: Layout, seed: int) -> Tensor:
+        """The blocks and the last norm over packed tokens (T, D)."""
+        branch, residual = None, tokens
+        for number, block in enumerate(self.blocks):
+            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
+        return _finish(self.norm, branch, residual, seed)
+
+    def _routed(self, layout: Layout, packed: Ragged, own: Tensor) -> Layout:
+        """`layout` with what the blocks need to know of texts (pieces 2 r) and images (2 r + 1)."""
+        return layout
 
 
 @torch.no_grad()
@@ -257,8 +270,10 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
             nn.init.normal_(parameter, std=output_std)
         elif name.endswith("fc1.weight"):
             nn.init.normal_(parameter, std=hidden_std)
+        elif name.endswith(("tag.weight", "expert.weight")):
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         elif name.endswith(
-            ("embedding.token", "token_type", "class_token", "modality", ".kind", "probe")
+            ("embedding.token", "token_type", "class_token", "modality", ".kind", "probe", "start")
         ):
             nn.init.normal_(parameter, std=0.02)
         elif name.endswith("position"):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from vlpfast.layers.block import ResidualNorm
 from vlpfast.layers.region import RegionHeads
-from vlpfast.models.config import FusionConfig, ModelConfig
+from vlpfast.models.config import ModelConfig
 from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
 from vlpfast.models.presets import missing, preset_config
+from vlpfast.models.shared import Kind, SharedTower
 from vlpfast.models.towers import (
     ConcatTower,
     FusionTower,
@@ -25,6 +26,7 @@ from vlpfast.models.towers import (
     VisionTower,
     init_tower,
 )
+from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
 
@@ -67,11 +69,11 @@ class VLPModel(nn.Module):
         vision, text, fusion = config.vision, config.text, config.fusion
         self.vision = (CnnTower if vision.front == "cnn" else VisionTower)(vision, config)
         self.text = (GruTower if text.kind == "gru" else TextTower)(text)
-        self.fusion = _fusion_tower(fusion, vision.dim)
+        self.fusion = _fusion_tower(config)
         self.image_projection = _projection(config, vision.dim, config.image_projection)
         self.text_projection = _projection(config, text.dim, config.text_projection)
         self.pooler = nn.Linear(fusion.dim, fusion.dim) if fusion.pooler else None
-        self.match_head = nn.Linear(fusion.dim, 2) if fusion.depth else None
+        self.match_head = nn.Linear(fusion.dim, 2) if "a matching head" in config.parts else None
         self.token_head = (
             TokenHead(text.dim, text.vocab_size, text.norm_eps) if config.mlm_head else None
         )
@@ -88,6 +90,9 @@ class VLPModel(nn.Module):
             self.register_buffer("scale", scale, persistent=False)
         else:
             self.scale = nn.Parameter(scale)
+        self.task_scale = nn.ParameterDict(
+            {task: torch.tensor(math.log(config.scale_init)) for task in config.task_scales}
+        )
         self.logit_bias = (
             nn.Parameter(torch.tensor(config.logit_bias_init)) if config.logit_bias else None
         )
@@ -106,7 +111,8 @@ class VLPModel(nn.Module):
         for projection in (self.image_projection, self.text_projection):
             if isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-        heads = (self.match_head, self.token_head, self.pooler, self.region_heads)
+        shared = self.fusion.project if self.config.shared else None
+        heads = (self.match_head, self.token_head, self.pooler, self.region_heads, shared)
         for head in (m for part in heads if part is not None for m in part.modules()):
             if isinstance(head, nn.Linear):
                 nn.init.normal_(head.weight, std=0.02)
@@ -133,12 +139,18 @@ class VLPModel(nn.Module):
         self._need(self.scale, "a joint space")
         return self.scale.exp() if self.config.scale == "log" else 1 / self.scale
 
+    def scale_of(self, task: str) -> Tensor:
+        """0-d multiplier of the cosine similarities of an objective: its own, or `logit_scale`."""
+        return self.task_scale[task].exp() if task in self.task_scale else self.logit_scale
+
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Keeps the multiplier within [scale_min, scale_max]; called after each optimizer step."""
+        """Keeps the multipliers within [scale_min, scale_max]; called after each optimizer step."""
         if self.scale is None:
             return
         low, high = self.config.scale_min, self.config.scale_max
+        for scale in self.task_scale.values():
+            scale.clamp_(math.log(low) if low > 0 else None, math.log(high or math.inf))
         if self.config.scale == "log":
             bounds = [math.log(bound) if bound > 0 else None for bound in (low, high)]
         else:
@@ -147,7 +159,12 @@ class VLPModel(nn.Module):
             self.scale.clamp_(*bounds)
 
     def encode_image(
-        self, images: Tensor | Regions, keep_ids: Tensor | None = None, *, seed: int = 0
+        self,
+        images: Tensor | Regions,
+        keep_ids: Tensor | None = None,
+        *,
+        seed: int = 0,
+        embed: bool = True,
     ) -> ImageOutput:
         """Image tower and its projection.
 
@@ -156,6 +173,7 @@ class VLPModel(nn.Module):
                 where `config.vision.front` is "regions".
             keep_ids (B, K): int64 ascending ids of the patches to embed; None keeps all.
             seed: keys dropout in training.
+            embed: whether to place them in the joint space, where there is one.
         """
         side, wants_regions = self.config.image_size, self.config.vision.front == "regions"
         if isinstance(images, Regions) != wants_regions:
@@ -166,21 +184,25 @@ class VLPModel(nn.Module):
         if not wants_regions and images.shape[1:] != (side, side, 3):
             raise ValueError(f"images must be (B, {side}, {side}, 3), got {tuple(images.shape)}")
         tokens = self.vision(images, keep_ids, seed)
-        if self.image_projection is None:
+        if not (self.has_joint_space and embed):
             return ImageOutput(tokens, None)
+        if self.config.shared:
+            return ImageOutput(tokens, self.fusion.encode_image(tokens, fold_seed(seed, 1)))
         pooled = self.vision.pool(tokens)
         if self.config.vision.unit_features:
             pooled = _unit(pooled).to(pooled.dtype)
         return ImageOutput(tokens, _unit(self.image_projection(pooled)))
 
-    def encode_text(self, text: Ragged, *, seed: int = 0) -> TextOutput:
-        """Text tower and its projection;
+    def encode_text(self, text: Ragged, *, seed: int = 0, embed: bool = True) -> TextOutput:
+        """Text tower and its projection; `embed` as in `encode_image`.
 
         `text` packs int64 token ids with their start and end tokens.
         """
         tokens = self.text(text, seed)
-        if self.text_projection is None:
+        if not (self.has_joint_space and embed):
             return TextOutput(tokens, None)
+        if self.config.shared:
+            return TextOutput(tokens, self.fusion.encode_text(tokens, fold_seed(seed, 1)))
         pooled = tokens.values[text.first() if self.config.text.pool == "first" else text.last()]
         return TextOutput(tokens, _unit(self.text_projection(pooled)))
 
@@ -214,7 +236,7 @@ class VLPModel(nn.Module):
 
     def match_logits(self, first_tokens: Tensor) -> Tensor:
         """`match` on first tokens (R, D) already taken."""
-        self._need(self.match_head, "a fusion tower")
+        self._need(self.match_head, "a matching head")
         return _full(self.match_head(self.pool(first_tokens)))
 
     def pool(self, first_tokens: Tensor) -> Tensor:
@@ -235,27 +257,48 @@ class VLPModel(nn.Module):
         """Vocabulary logits (n, V) of hidden states (n, D)."""
         return _full(F.linear(*self.token_head_inputs(hidden)))
 
-    def token_head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Transformed hidden states (n, D), vocabulary weight (V, D) and bias (V,): what
+    def token_head_inputs(
+        self, hidden: Tensor, task: str = "mlm"
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Transformed hidden states (n, D), vocabulary weight (V, D) and bias (V,) or None: what
         `ops.linear_cross_entropy` takes.
+
+        Of a shared encoder they are features (n, E) times the multiplier of objective `task`, and
+        the features (V, E) of the words, encoded at each call.
         """
+        if self.config.shared:
+            return self.scale_of(task) * self.fusion.features(hidden), self.encode_words(), None
         self._need(self.token_head, "a token head")
         return self.token_head(hidden), self.text.embedding.token, self.token_head.bias
+
+    def encode_words(self) -> Tensor:
+        """Features (V, E) of the vocabulary's words, each a text of its own (Uni-Perceiver)."""
+        words = torch.arange(self.config.text.vocab_size, device=self.device)
+        # The first of the two is a start token, whichever it is.
+        text = Ragged.from_dense(torch.stack([words.new_zeros(len(words)), words], 1))
+        return self.fusion.encode_text(self.text(text), kind=Kind.WORD)
 
     def _need(self, part: nn.Module | Tensor | None, what: str) -> None:
         if part is None:
             raise ValueError(missing(self.config.preset, what))
 
 
-def _fusion_tower(config: FusionConfig, image_dim: int) -> FusionTower | ConcatTower | None:
-    if not config.depth:
+def _fusion_tower(config: ModelConfig) -> FusionTower | ConcatTower | None:
+    fusion = config.fusion
+    if not fusion.depth:
         return None
-    return ConcatTower(config) if config.kind == "concat" else FusionTower(config, image_dim)
+    if fusion.kind == "shared":
+        return SharedTower(fusion, config.embed_dim)
+    if fusion.kind == "concat":
+        return ConcatTower(fusion)
+    return FusionTower(fusion, config.vision.dim)
 
 
 def _projection(config: ModelConfig, width: int, wanted: bool) -> nn.Module | None:
-    """Into the joint space: None where the model has none, the identity where it is the tower's."""
-    if not config.embed_dim:
+    """Into the joint space: None where the model has none or its one encoder projects, the identity
+    where it is the tower's.
+    """
+    if not config.embed_dim or config.shared:
         return None
     return nn.Linear(width, config.embed_dim, config.projection_bias) if wanted else nn.Identity()
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from vlpfast.ops.seed import fold_seed
 
-OBJECTIVES = ("itc", "sigmoid", "hinge", "itm", "mlm", "wra", "mrfr", "mrc", "mrckl")
+OBJECTIVES = ("itc", "sigmoid", "hinge", "itm", "mlm", "wra", "mrfr", "mrc", "mrckl", "classify")
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,11 @@ class ObjectivesConfig:
         mrfr, mrc, mrckl: hidden regions' features, classes, and class distributions.
             `mrm_probability` is the share of regions hidden, `mrm_reduction` what features and
             distributions are averaged over (`objectives.regions`).
+        classify: which of the data's class names an image's class is, by similarity to the names
+            (Uni-Perceiver).
         mix: ((objective, ratio), ...) of all that are enabled: each step trains one, drawn by the
             ratios (WRA goes with ITM); empty trains all in every step.
-        label_smoothing: of the targets of `itc`.
+        label_smoothing: of the targets of `itc` and `classify`.
         mlm_probability: share of tokens masked; `mlm_whole_word` masks whole words.
         momentum: decay of the teacher's weights per step; 0 trains without a teacher.
         queue_size: momentum embeddings kept as further contrastive candidates; needs a teacher.
@@ -51,6 +53,7 @@ class ObjectivesConfig:
     mrfr: float = 0.0
     mrc: float = 0.0
     mrckl: float = 0.0
+    classify: float = 0.0
     itm_negatives: Literal["hard", "random"] = "hard"
     wra_tokens: Literal["all", "inner"] = "all"
     mrm_probability: float = 0.15

@@ -84,9 +84,9 @@ def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: 
     images = batch.visual(model.config.vision.front)
     if plan.masked_image:
         images = Regions.cat([images, batch.masked_regions])
-    image = model.encode_image(images, kept, seed=fold_seed(seed, 1))
+    image = model.encode_image(images, kept, seed=fold_seed(seed, 1), embed=plan.embed_image)
     texts = [batch.text, batch.masked_text] if plan.masked_text else [batch.text]
-    text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2))
+    text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2), embed=plan.embed_text)
     return Encoded(model, image, text, model.image_keys(image.tokens) if plan.fusion else None)
 
 

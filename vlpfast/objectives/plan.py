@@ -36,12 +36,15 @@ class Plan:
         fusion: groups of rows of the one fusion call; empty where no objective needs fusion.
         hard_negatives: the contrastive loss also draws hard negatives.
         masked_image: the image tower also reads the images with hidden regions, in the same call.
+        embed_image, embed_text: an objective reads where they are in the joint space.
     """
 
     masked_text: bool
     fusion: tuple[Rows, ...]
     hard_negatives: bool
     masked_image: bool = False
+    embed_image: bool = True
+    embed_text: bool = True
 
     @classmethod
     def of(cls, config: ObjectivesConfig) -> Plan:
@@ -52,7 +55,15 @@ class Plan:
             matching = (Rows.MIXED,)
         masked = (Rows.MASKED,) if config.mlm else ()
         hidden = (Rows.MASKED_IMAGE,) if config.masks_regions else ()
-        return cls(bool(config.mlm), matching + masked + hidden, hard, config.masks_regions)
+        contrast = bool(config.itc or config.sigmoid or config.hinge)
+        return cls(
+            bool(config.mlm),
+            matching + masked + hidden,
+            hard,
+            config.masks_regions,
+            embed_image=contrast or bool(config.classify),
+            embed_text=contrast,
+        )
 
     def fusion_rows(
         self,

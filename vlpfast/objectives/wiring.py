@@ -11,12 +11,13 @@ NEEDS = {
     "itc": ("a joint space", "a learned scale"),
     "sigmoid": ("a joint space", "a learned scale", "a learned bias"),
     "hinge": ("a joint space",),
-    "itm": ("a fusion tower",),
+    "itm": ("a fusion tower", "a matching head"),
     "mlm": ("a fusion tower", "a token head"),
     "wra": ("fused image tokens",),
     "mrfr": ("region heads",),
     "mrc": ("region heads",),
     "mrckl": ("region heads",),
+    "classify": ("a joint space", "a learned scale"),
 }
 
 
