@@ -42,6 +42,7 @@ class Seer(nn.Module):
         super().__init__()
         self.blind, self.has_fusion = blind, fusion
         self.has_joint_space = True
+        self.match_head = nn.Identity() if fusion else None
         self.config = SimpleNamespace(preset="seer", vision=SimpleNamespace(front="patches"))
         self.register_buffer("place", torch.tensor(1.0))
 

@@ -29,6 +29,9 @@ class DataConfig:
         regions: what the model reads in place of pixels, where it reads regions: "scenes" makes
             them from the truth of generated scenes, "files" are those in `<path>.regions`
             (`data.regions`); "" is none. Crops and flips do not apply to them.
+        classes: class names of the images: the record field that holds one or a list of them;
+            "scenes" names the objects of generated scenes, "scenes-heldout" those of held-out
+            combinations; "" is none.
         captions: places of the captions that training draws from; empty: all. A sample that has
             none of these draws from all it has.
         crop_scale: area of a training crop as a share of the image; (1, 1) takes the evaluation
@@ -60,6 +63,7 @@ class DataConfig:
     vocab_size: int = 4096
     max_tokens: int = 32
     regions: Literal["", "scenes", "files"] = ""
+    classes: str = ""
     captions: tuple[int, ...] = ()
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)

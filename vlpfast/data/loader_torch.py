@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlpfast.data import augment
 from vlpfast.data.batch import Batch
+from vlpfast.data.classes import open_classes
 from vlpfast.data.config import DataConfig
 from vlpfast.data.decode import crop_resize, decode_rgb
 from vlpfast.data.index import Index
@@ -86,6 +87,12 @@ class TorchLoader:
         self.plan = StreamPlan(index.num_samples, batch_size, seed, rank, world, config.window)
         self._share = None if train else share(index.num_samples, rank, world)
         self._regions = open_regions(index, config.regions)
+        self._classes = open_classes(index, config.classes)
+        self._class_names = (
+            Ragged.from_lists(tokenizer.encode(self._classes.names, config.max_tokens))
+            if self._classes
+            else None
+        )
         self._tokens = index.tokens(tokenizer, config.max_tokens)
         self.num_workers = config.workers or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
         self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="vlpfast-data")
@@ -139,6 +146,12 @@ class TorchLoader:
             regions=(
                 self._regions.at(self.index.rows_of(draws.samples)) if self._regions else None
             ),
+            class_ids=(
+                self._classes.draw(self.index.rows_of(draws.samples), self.seed, positions)
+                if self._classes
+                else None
+            ),
+            class_names=self._class_names,
         )
 
     def draws(self, step: int) -> Draws:

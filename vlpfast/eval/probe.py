@@ -125,7 +125,7 @@ def swap_probe(
     """
     device = model.device
     wins = {"swap_accuracy": 0.0} if model.has_joint_space else {}
-    wins |= {"itm_swap_accuracy": 0.0} if model.has_fusion else {}
+    wins |= {"itm_swap_accuracy": 0.0} if model.match_head is not None else {}
     num_pairs = 0
     for batch in batches:
         fields = [records.record(i) for i in batch.sample_ids.tolist()]
@@ -146,7 +146,7 @@ def swap_probe(
         if model.has_joint_space:
             similarity = image.embedding.repeat(2, 1).mul(text.embedding).sum(-1)
             wins["swap_accuracy"] += _wins(similarity)
-        if model.has_fusion:
+        if model.match_head is not None:
             kv_index = torch.arange(len(rows), device=device).repeat(2)
             fused = model.fuse(text.tokens, model.image_keys(image.tokens), kv_index)
             logits = model.match(fused)

@@ -17,12 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlpfast.data.batch import Batch
+from vlpfast.data.classes import open_classes
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, open_index
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.eval.align import align_probe
 from vlpfast.eval.caption import caption_probe
+from vlpfast.eval.classify import classify_probe
 from vlpfast.eval.codes import codes_probe, linear_probe, mim_probe
 from vlpfast.eval.load import load_run
 from vlpfast.eval.probe import mlm_probe, swap_probe
@@ -35,7 +37,7 @@ from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.objectives.guide import Guide
 from vlpfast.ragged import Ragged
 
-TASKS = ("retrieval", "mlm", "swap", "align", "caption", "codes", "mim", "linear")
+TASKS = ("retrieval", "mlm", "swap", "align", "caption", "classify", "codes", "mim", "linear")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class EvalOptions:
         captions: places of the captions that retrieval uses of each sample; empty: all. What is
             written is compared with them; empty: with those that training draws from.
         num_beams: of the search for captions; 1 is greedy.
+        classes: which class names `classify` chooses from, as `DataConfig.classes`; empty: the
+            run's.
         batch_size: images encoded at once, and texts.
         pairs_per_call: image-text pairs matched at once.
         max_samples: the first so many samples of the data; 0 is all.
@@ -61,6 +65,7 @@ class EvalOptions:
     pool_texts: PoolTexts = "none"
     captions: tuple[int, ...] = ()
     num_beams: int = 1
+    classes: str = ""
     batch_size: int = 128
     pairs_per_call: int = 512
     max_samples: int = 0
@@ -268,6 +273,25 @@ class _Evaluation:
                 f"preset {self.model.config.preset!r} does not"
             )
         return align_probe(self.model, self._batches("align"), self.index, self.tokenizer)
+
+    def classify(self) -> EvalResult:
+        model, key = self.model, self.options.classes or self.data.classes
+        if not model.has_joint_space:
+            raise ValueError(
+                "classify compares images with class names in a joint space; "
+                f"{missing(model.config.preset, 'a joint space')}"
+            )
+        if not key:
+            raise ValueError("classify needs class names: set classes")
+        result = classify_probe(
+            model,
+            self._batches("classify"),
+            self.index,
+            open_classes(self.index, key),
+            self.tokenizer,
+            max_tokens=self.data.max_tokens,
+        )
+        return replace(result, info={"classes": key})
 
     def caption(self) -> EvalResult:
         options, index = self.options, self.index

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from vlpfast.ops.attention import attention
 from vlpfast.ops.bias_gelu import bias_gelu
 from vlpfast.ops.residual_norm import residual_norm
 from vlpfast.ops.seed import fold_seed
+
+if TYPE_CHECKING:
+    from vlpfast.layers.moe import Routes
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Layout:
         bias (H, N, N): added to the scores of self-attention; of packed sequences N is `max_len`.
         cache: earlier tokens' keys, for packed sequences of `max_len` tokens each that go on from
             there; what they see is then all before and up to themselves.
+        routes: kinds of tokens, for blocks with experts (`layers.moe`).
     """
 
     cu_seqlens: Tensor | None = None
@@ -36,6 +40,7 @@ class Layout:
     blocks: Tensor | Literal["causal"] | None = None
     bias: Tensor | None = None
     cache: KeyCache | None = None
+    routes: Routes | None = None
 
 
 class CrossKeys(NamedTuple):
@@ -110,9 +115,13 @@ class SelfAttention(nn.Module):
         self.out = last_linear(dim, dim, layer_scale)
 
     def forward(self, x: Tensor, layout: Layout, seed: int = 0) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return self.out(self.mix(self.qkv(x), layout, seed))
+
+    def mix(self, qkv: Tensor, layout: Layout, seed: int) -> Tensor:
+        """Heads' mixed values (..., D), side by side, of projections (..., 3 D)."""
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
         if layout.cache is not None:
-            return self.out(layout.cache.attend(self, q, k, v).flatten(-2))
+            return layout.cache.attend(self, q, k, v).flatten(-2)
         mixed = attention(
             q,
             k,
@@ -128,7 +137,7 @@ class SelfAttention(nn.Module):
             seed=seed,
         )
         mixed = mixed.flatten(-2)
-        return self.out(mixed if self.norm is None else self.norm(mixed)[0])
+        return mixed if self.norm is None else self.norm(mixed)[0]
 
 
 class CrossAttention(nn.Module):
@@ -236,7 +245,7 @@ class Block(nn.Module):
             branches.append(
                 (self.norm_cross, lambda x: self.cross(x, layout, keys, fold_seed(seed, 2)))
             )
-        branches.append((self.norm2, self.mlp))
+        branches.append((self.norm2, lambda x: self.feed_forward(x, layout, fold_seed(seed, 0))))
         for site, (norm, run) in enumerate(branches, start=3):
             if self.post_norm:
                 residual, _ = norm(run(residual), residual, fold_seed(seed, site))
@@ -245,3 +254,7 @@ class Block(nn.Module):
                 normed, residual = norm(x, rest, fold_seed(seed, site))
                 branch = run(normed)
         return branch, residual
+
+    def feed_forward(self, x: Tensor, layout: Layout, seed: int) -> Tensor:
+        """The MLP's branch."""
+        return self.mlp(x)

@@ -146,8 +146,10 @@ class FusionConfig(StackConfig):
     """Where texts and images meet.
 
     Attributes:
-        kind: "cross", text blocks that read images by cross-attention (ALBEF); or "concat", blocks
-            over text and image tokens in one sequence (UNITER, ViLT).
+        kind: "cross", text blocks that read images by cross-attention (ALBEF); "concat", blocks
+            over text and image tokens in one sequence (UNITER, ViLT); or "shared", such blocks that
+            encode images alone and texts alone too, into the joint space, and the words that are
+            predicted (Uni-Perceiver).
         modality_types: a learned vector is added to each text token, another to each image token.
         pooler: the matching head reads tanh(linear(first token)) (BERT).
         experts: of "concat": "shared" serves both modalities by the same blocks; "mome" has an MLP
@@ -162,9 +164,11 @@ class FusionConfig(StackConfig):
             decodes and has no matching head ("cross" only; CoCa).
         key_norm: a LayerNorm for each layer before images' keys and values (open_clip's CoCa).
         mlp_between: an MLP before cross-attention too (open_clip's CoCa).
+        moe_experts: of every second block from the first, experts in MLP and self-attention, of
+            which a kind of tokens is given `moe_top_k` by its attributes; 0: none. "shared" only.
     """
 
-    kind: Literal["cross", "concat"] = "cross"
+    kind: Literal["cross", "concat", "shared"] = "cross"
     modality_types: bool = False
     pooler: bool = False
     experts: Literal["shared", "mome", "multiway"] = "shared"
@@ -175,6 +179,8 @@ class FusionConfig(StackConfig):
     causal: bool = False
     key_norm: bool = False
     mlp_between: bool = False
+    moe_experts: int = 0
+    moe_top_k: int = 2
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,8 @@ class ModelConfig:
             nothing: similarities are cosines (VSE++).
         scale_init, scale_min, scale_max: of the multiplier of the cosine similarities; a bound of 0
             is none.
+        task_scales: objectives whose similarities have a learned multiplier of their own (as "log")
+            beside the contrast's.
         logit_bias, logit_bias_init: whether a bias is added to the multiplied similarities, and its
             first value (SigLIP).
         vision, text, fusion: the stacks; `fusion.depth` 0 is a dual-tower model.
@@ -255,6 +263,7 @@ class ModelConfig:
     scale_init: float = 1 / 0.07
     scale_min: float = 0.0
     scale_max: float = 100.0
+    task_scales: tuple[str, ...] = ()
     logit_bias: bool = False
     logit_bias_init: float = -10.0
     image_mean: tuple[float, float, float] = CLIP_MEAN
@@ -276,7 +285,7 @@ class ModelConfig:
             raise ValueError(
                 f"fusion.dim must equal text.dim {self.text.dim}, got {self.fusion.dim}"
             )
-        if self.fusion.depth and self.fusion.kind == "concat" and self.vision.dim != self.text.dim:
+        if self.fusion.depth and self.fusion.kind != "cross" and self.vision.dim != self.text.dim:
             raise ValueError(
                 f"vision.dim must equal text.dim {self.text.dim} where they share a sequence, "
                 f"got {self.vision.dim}"
@@ -304,6 +313,7 @@ class ModelConfig:
         self._check_fusion()
         self._check_vision()
         self._check_text()
+        self._check_shared()
         self._check_codes()
 
     def _check_fusion(self) -> None:
@@ -393,6 +403,30 @@ class ModelConfig:
                 f"{vision.norm!r}, early_layers {vision.early_layers}"
             )
 
+    def _check_shared(self) -> None:
+        """What one encoder of everything excludes."""
+        if not self.shared:
+            if self.fusion.moe_experts:
+                raise ValueError(
+                    "fusion.moe_experts routes kinds of tokens: fusion.kind must be 'shared', "
+                    f"got {self.fusion.kind!r}"
+                )
+            return
+        if self.vision.depth or self.text.depth or not self.embed_dim or self.mlm_head:
+            raise ValueError(
+                "fusion.kind 'shared' is the only stack, with a joint space whose words are "
+                "encoded: vision.depth and text.depth must be 0, embed_dim > 0, mlm_head False"
+            )
+        if self.vision.front != "patches" or self.vision.class_token:
+            raise ValueError(
+                "fusion.kind 'shared' reads patches without a class token: it has one for all"
+            )
+
+    @property
+    def shared(self) -> bool:
+        """Whether one stack encodes images, texts and both."""
+        return self.fusion.depth > 0 and self.fusion.kind == "shared"
+
     @property
     def parts(self) -> tuple[str, ...]:
         """What an objective may need and the model has, in the words of errors."""
@@ -403,9 +437,9 @@ class ModelConfig:
             "a fusion tower": self.fusion.depth > 0 and not self.fusion.causal,
             "a matching head": self.fusion.depth > 0 and self.match_head,
             "a text decoder": self.lm_head != "none",
-            "fused image tokens": self.fusion.depth > 0 and self.fusion.kind == "concat",
+            "fused image tokens": self.fusion.depth > 0 and self.fusion.kind != "cross",
             "one stack for both": self.one_stack,
-            "a token head": self.mlm_head,
+            "a token head": self.mlm_head or self.shared,
             "region heads": self.region_heads,
             "a text tower": self.text.kind != "none",
             "a code head": self.codes > 0,

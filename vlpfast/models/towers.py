@@ -17,6 +17,7 @@ from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
 from vlpfast.layers.embedding import PatchEmbedding, TokenEmbedding
 from vlpfast.layers.grid import GridEmbedding
 from vlpfast.layers.keys import KeyCache, KeyNorm
+from vlpfast.layers.moe import MoeBlock
 from vlpfast.layers.pooler import MapPooler, QueryPooler
 from vlpfast.layers.position_bias import RelativeBias, window_displacements
 from vlpfast.layers.region import RegionEmbedding
@@ -33,8 +34,10 @@ _EXPERT = re.compile(r"\.(text|image|joint)(?=\.)")
 def _blocks(
     config: StackConfig, *, cross: bool = False, mlp_between: bool = False
 ) -> nn.ModuleList:
+    experts = getattr(config, "moe_experts", 0)
+    routed = {"num_experts": experts, "top_k": config.moe_top_k} if experts else {}
     return nn.ModuleList(
-        Block(
+        (MoeBlock if experts and number % 2 == 0 else Block)(
             config.dim,
             config.heads,
             mlp_ratio=config.mlp_ratio,
@@ -46,8 +49,9 @@ def _blocks(
             cross=cross,
             layer_scale=config.layer_scale,
             mlp_between=mlp_between,
+            **(routed if number % 2 == 0 else {}),
         )
-        for _ in range(config.depth)
+        for number in range(config.depth)
     )
 
 
@@ -234,7 +238,8 @@ class TextTower(nn.Module):
             last = self.class_token + self.embedding.position[-1]
             text = text.append(last.to(text.values.dtype).expand(len(text), -1))
         branch, residual = None, text.values
-        layout = Layout(text.cu_seqlens, text.max_len, "causal" if self.causal else None, cache)
+        blocks = "causal" if self.causal else None
+        layout = Layout(text.cu_seqlens, text.max_len, blocks, cache=cache)
         for number, block in enumerate(self.blocks):
             branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
         if self.class_token is None:
@@ -296,7 +301,8 @@ class FusionTower(nn.Module):
     ) -> FusedOutput:
         """With a `cache`, `text` goes on from the tokens that are in it."""
         branch, residual = None, text.values
-        layout = Layout(text.cu_seqlens, text.max_len, "causal" if self.causal else None, cache)
+        blocks = "causal" if self.causal else None
+        layout = Layout(text.cu_seqlens, text.max_len, blocks, cache=cache)
         for number, block in enumerate(self.blocks):
             branch, residual = block(
                 branch, residual, layout, keys.layer(number, kv_index), fold_seed(seed, number)
@@ -361,14 +367,23 @@ class ConcatTower(nn.Module):
             blocks = Ragged.cat([text.with_values(text_blocks), of_images]).select(pieces).values
         # Every other offset: a text and its image are one sequence.
         layout = Layout(packed.cu_seqlens[::2].contiguous(), text.max_len + keys.max_len, blocks)
-        branch, residual = None, packed.values
-        for number, block in enumerate(self.blocks):
-            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
-        packed = packed.with_values(_finish(self.norm, branch, residual, seed))
+        layout = self._routed(layout, packed, own)
+        packed = packed.with_values(self.run(packed.values, layout, seed))
         texts, images = packed.select(2 * own), packed.select(2 * own + 1)
         return FusedOutput(
             replace(texts, max_len=text.max_len), replace(images, max_len=keys.max_len)
         )
+
+    def run(self, tokens: Tensor, layout: Layout, seed: int) -> Tensor:
+        """The blocks and the last norm over packed tokens (T, D)."""
+        branch, residual = None, tokens
+        for number, block in enumerate(self.blocks):
+            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
+        return _finish(self.norm, branch, residual, seed)
+
+    def _routed(self, layout: Layout, packed: Ragged, own: Tensor) -> Layout:
+        """`layout` with what the blocks need to know of texts (pieces 2 r) and images (2 r + 1)."""
+        return layout
 
 
 @torch.no_grad()
@@ -391,8 +406,10 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
             nn.init.normal_(parameter, std=output_std)
         elif name.endswith("fc1.weight"):
             nn.init.normal_(parameter, std=hidden_std)
+        elif name.endswith(("tag.weight", "expert.weight")):
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         elif name.endswith(
-            ("embedding.token", "token_type", "class_token", "modality", ".kind", "probe")
+            ("embedding.token", "token_type", "class_token", "modality", ".kind", "probe", "start")
         ):
             nn.init.normal_(parameter, std=0.02)
         elif name.endswith(".query"):

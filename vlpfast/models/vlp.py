@@ -21,6 +21,7 @@ from vlpfast.models.experts import ExpertTower
 from vlpfast.models.generate import Generated, SearchOptions, generate
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
 from vlpfast.models.presets import missing, preset_config
+from vlpfast.models.shared import Kind, SharedTower
 from vlpfast.models.tokenizer import VisualTokenizer
 from vlpfast.models.towers import (
     ConcatTower,
@@ -128,6 +129,9 @@ class VLPModel(nn.Module):
             self.register_buffer("scale", scale, persistent=False)
         else:
             self.scale = nn.Parameter(scale)
+        self.task_scale = nn.ParameterDict(
+            {task: torch.tensor(math.log(config.scale_init)) for task in config.task_scales}
+        )
         self.logit_bias = (
             nn.Parameter(torch.tensor(config.logit_bias_init)) if config.logit_bias else None
         )
@@ -158,6 +162,7 @@ class VLPModel(nn.Module):
             self.region_heads,
             self.code_head,
             self.lm_head,
+            self.fusion.project if self.config.shared else None,
         )
         for head in (m for part in heads if part is not None for m in part.modules()):
             if isinstance(head, nn.Linear):
@@ -188,12 +193,18 @@ class VLPModel(nn.Module):
         self._need(self.scale, "a joint space")
         return self.scale.exp() if self.config.scale == "log" else 1 / self.scale
 
+    def scale_of(self, task: str) -> Tensor:
+        """0-d multiplier of the cosine similarities of an objective: its own, or `logit_scale`."""
+        return self.task_scale[task].exp() if task in self.task_scale else self.logit_scale
+
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Keeps the multiplier within [scale_min, scale_max]; called after each optimizer step."""
+        """Keeps the multipliers within [scale_min, scale_max]; called after each optimizer step."""
         if self.scale is None:
             return
         low, high = self.config.scale_min, self.config.scale_max
+        for scale in self.task_scale.values():
+            scale.clamp_(math.log(low) if low > 0 else None, math.log(high or math.inf))
         if self.config.scale == "log":
             bounds = [math.log(bound) if bound > 0 else None for bound in (low, high)]
         else:
@@ -238,9 +249,11 @@ class VLPModel(nn.Module):
         else:
             self._need(self.code_head, "a code head")
             tokens, class_head = self.vision.masked(images, hidden, seed)
-        if self.image_projection is None or num_embedded == 0:
+        if not self.has_joint_space or num_embedded == 0:
             return ImageOutput(tokens, None, class_head)
         embedded = tokens[:num_embedded] if isinstance(tokens, Tensor) else tokens
+        if self.config.shared:
+            return ImageOutput(tokens, self.fusion.encode_image(embedded, fold_seed(seed, 1)))
         if self.config.one_stack:
             packed = self.fusion.image_keys(embedded)
             own, joint = self._embed_alone(packed, "image", seed)
@@ -262,7 +275,7 @@ class VLPModel(nn.Module):
         """
         self._need(self.text, "a text tower")
         tokens = self.text(text, seed)
-        if self.text_projection is None or num_embedded == 0:
+        if not self.has_joint_space or num_embedded == 0:
             return TextOutput(tokens, None)
         if self.config.text.pool == "appended":
             embedding = _unit(self.text_projection(tokens.values[tokens.last()]))
@@ -270,6 +283,8 @@ class VLPModel(nn.Module):
         embedded = tokens
         if num_embedded is not None and num_embedded < len(tokens):
             embedded = tokens.select(torch.arange(num_embedded, device=tokens.values.device))
+        if self.config.shared:
+            return TextOutput(tokens, self.fusion.encode_text(embedded, fold_seed(seed, 1)))
         if self.config.one_stack:
             return TextOutput(tokens, *self._embed_alone(embedded, "text", seed))
         first = self.config.text.pool == "first"
@@ -434,14 +449,28 @@ class VLPModel(nn.Module):
         """Vocabulary logits (n, V) of hidden states (n, D)."""
         return _full(F.linear(*self.token_head_inputs(hidden)))
 
-    def token_head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Transformed hidden states (n, D), vocabulary weight (V, D) and bias (V,): what
+    def token_head_inputs(
+        self, hidden: Tensor, task: str = "mlm"
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Transformed hidden states (n, D), vocabulary weight (V, D) and bias (V,) or None: what
         `ops.linear_cross_entropy` takes.
+
+        Of a shared encoder they are features (n, E) times the multiplier of objective `task`, and
+        the features (V, E) of the words, encoded at each call.
         """
+        if self.config.shared:
+            return self.scale_of(task) * self.fusion.features(hidden), self.encode_words(), None
         self._need(self.token_head, "a token head")
         head = self.token_head
         weight = self.text.embedding.token if head.weight is None else head.weight
         return head(hidden), weight, head.bias
+
+    def encode_words(self) -> Tensor:
+        """Features (V, E) of the vocabulary's words, each a text of its own (Uni-Perceiver)."""
+        words = torch.arange(self.config.text.vocab_size, device=self.device)
+        # The first of the two is a start token, whichever it is.
+        text = Ragged.from_dense(torch.stack([words.new_zeros(len(words)), words], 1))
+        return self.fusion.encode_text(self.text(text), kind=Kind.WORD)
 
     def _need(self, part: nn.Module | Tensor | None, what: str) -> None:
         if part is None:
@@ -458,14 +487,18 @@ def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | ExpertTower
     config = model.fusion
     if not config.depth:
         return None
+    if config.kind == "shared":
+        return SharedTower(config, model.embed_dim)
     if config.experts != "shared":
         return ExpertTower(config, model)
     return ConcatTower(config) if config.kind == "concat" else FusionTower(config, model.vision.dim)
 
 
 def _projection(config: ModelConfig, width: int, wanted: bool) -> nn.Module | None:
-    """Into the joint space: None where the model has none, the identity where it is the tower's."""
-    if not config.embed_dim:
+    """Into the joint space: None where the model has none or its one encoder projects, the identity
+    where it is the tower's.
+    """
+    if not config.embed_dim or config.shared:
         return None
     return nn.Linear(width, config.embed_dim, config.projection_bias) if wanted else nn.Identity()
 

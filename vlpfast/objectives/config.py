@@ -22,6 +22,7 @@ OBJECTIVES = (
     "mim",
     "mvm",
     "vqkd",
+    "classify",
 )
 
 
@@ -56,9 +57,11 @@ class ObjectivesConfig:
             `commitment` weighs the distance of vectors from their codes.
         guide: run folder of the frozen model that gives these targets: of mim a tokenizer's (preset
             "vqkd"), of vqkd one's with as many patches.
+        classify: which of the data's class names an image's class is, by similarity to the names
+            (Uni-Perceiver).
         mix: ((objective, ratio), ...) of all that are enabled: each step trains one, drawn by the
             ratios (WRA goes with ITM); empty trains all in every step.
-        label_smoothing: of the targets of `itc`.
+        label_smoothing: of the targets of `itc` and `classify`.
         mlm_probability: share of tokens masked; `mlm_whole_word` masks whole words.
         momentum: decay of the teacher's weights per step; 0 trains without a teacher.
         queue_size: momentum embeddings kept as further contrastive candidates; needs a teacher.
@@ -89,6 +92,7 @@ class ObjectivesConfig:
     mim_probability: float = 75 / 196
     commitment: float = 1.0
     guide: str = ""
+    classify: float = 0.0
     itm_negatives: Literal["hard", "random"] = "hard"
     wra_tokens: Literal["all", "inner"] = "all"
     mrm_probability: float = 0.15

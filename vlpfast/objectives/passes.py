@@ -83,9 +83,12 @@ class Passes:
 def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: Plan) -> Encoded:
     """Each tower once: images, `kept` (B, K) of whose patches it embeds, and the plan's texts."""
     images, hidden = _images(model, batch, plan)
-    embedded = len(batch) if plan.contrast else 0
     image = model.encode_image(
-        images, kept, seed=fold_seed(seed, 1), hidden=hidden, num_embedded=embedded
+        images,
+        kept,
+        seed=fold_seed(seed, 1),
+        hidden=hidden,
+        num_embedded=len(batch) if plan.embed_image else 0,
     )
     keys = model.image_keys(image.tokens) if plan.fusion or plan.decodes else None
     if not plan.text:
@@ -93,7 +96,11 @@ def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: 
     texts = [batch.text]
     texts += [batch.masked_text] if plan.masked_text else []
     texts += [batch.masked_alone] if plan.masked_alone else []
-    text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2), num_embedded=embedded)
+    text = model.encode_text(
+        Ragged.cat(texts),
+        seed=fold_seed(seed, 2),
+        num_embedded=len(batch) if plan.embed_text else 0,
+    )
     return Encoded(model, image, text, keys)
 
 

@@ -46,7 +46,7 @@ class Plan:
         text, clean_image: the towers read the texts, and the images as they are; only losses on
             images alone do without.
         masked_alone: the text tower also reads the texts masked for modelling without images.
-        contrast: embeddings of the batch are wanted.
+        embed_image, embed_text: an objective reads where they are in the joint space.
         causal: masked texts are read causally.
     """
 
@@ -57,7 +57,8 @@ class Plan:
     text: bool = True
     clean_image: bool = True
     masked_alone: bool = False
-    contrast: bool = True
+    embed_image: bool = True
+    embed_text: bool = True
     causal: bool = False
     decodes: bool = False
 
@@ -75,18 +76,20 @@ class Plan:
         alone = (Rows.MASKED_TEXT_ALONE,) if config.mtm else ()
         if config.mim and one_stack:
             alone += (Rows.MASKED_IMAGE_ALONE,)
-        text = config.weights.keys() - IMAGES_ALONE
+        text = bool(config.weights.keys() - IMAGES_ALONE)
+        contrast = bool(config.itc or config.sigmoid or config.hinge)
         return cls(
-            bool(config.mlm),
-            matching + masked + hidden + alone,
-            hard,
-            config.masks_regions or config.hides_patches,
-            bool(text),
-            bool(text) or bool(config.vqkd),
-            bool(config.mtm),
-            bool(config.itc or config.sigmoid or config.hinge),
-            bool(config.mlm) and config.mlm_causal,
-            bool(config.lm),
+            masked_text=bool(config.mlm),
+            fusion=matching + masked + hidden + alone,
+            hard_negatives=hard,
+            masked_image=config.masks_regions or config.hides_patches,
+            text=text,
+            clean_image=text or bool(config.vqkd),
+            masked_alone=bool(config.mtm),
+            embed_image=contrast or bool(config.classify),
+            embed_text=contrast,
+            causal=bool(config.mlm) and config.mlm_causal,
+            decodes=bool(config.lm),
         )
 
     def fusion_rows(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlpfast.data.batch import Batch
 from vlpfast.models.vlp import VLPModel
-from vlpfast.objectives import codes, contrast, language, matching, regions
+from vlpfast.objectives import codes, contrast, language, matching, regions, similarity
 from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.objectives.passes import Encoded, Loss, Passes, encode, fuse
 from vlpfast.objectives.plan import Plan, Rows
@@ -90,7 +90,7 @@ class PretrainStep(nn.Module):
         texts = bool(config.mlm or config.itm or config.mtm)
         experts = model.fusion.experts != "shared" and not (texts and plan.masked_image)
         alone = len(plan.fusion) == 1 and plan.reads_alone
-        unread = model.one_stack and not plan.contrast and (experts or alone)
+        unread = model.one_stack and not plan.embed_image and (experts or alone)
         return bool(config.mix) or unread
 
     def forward(self, batch: Batch, *, seed: int, step: int) -> StepOutput:
@@ -119,6 +119,8 @@ class PretrainStep(nn.Module):
             losses["sigmoid"] = contrast.sigmoid(passes)
         if config.hinge:
             losses["hinge"] = contrast.hinge(passes)
+        if config.classify:
+            losses["classify"] = similarity.classify(passes)
         if plan.fusion:
             passes = replace(passes, fused=fuse(passes, hard_text, hard_image))
         if config.itm:
@@ -128,6 +130,7 @@ class PretrainStep(nn.Module):
         for name, objective in _AFTER_FUSION.items():
             if getattr(config, name):
                 losses[name] = objective(passes)
+        metrics |= similarity.expert_metrics(passes)
         return StepOutput(losses, metrics)
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ NEEDS = {
     "mim": ("a code head",),
     "mvm": ("one stack for both", "a code head"),
     "vqkd": ("a codebook",),
+    "classify": ("a joint space", "a learned scale"),
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 
 from vlpfast.config import close_match
 from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets import caption, codes, concat, cross, dual, experts
+from vlpfast.models.presets import caption, codes, concat, cross, dual, experts, generalist
 
 _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "albef": cross.albef,
@@ -22,6 +22,8 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "flip": dual.flip,
     "pixel-bert": concat.pixel_bert,
     "siglip": dual.siglip,
+    "uni-perceiver": generalist.uni_perceiver,
+    "uni-perceiver-moe": generalist.uni_perceiver_moe,
     "uniter": concat.uniter,
     "vilt": concat.vilt,
     "vlmo": experts.vlmo,
