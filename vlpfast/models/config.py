@@ -54,6 +54,9 @@ class VisionConfig(StackConfig):
         patch_bias: whether the patch projection has a bias.
         cnn: the network of "grid" and "cnn": "small", "resnet50", or a name of timm's.
         region_dim, region_classes: width of the regions' features, and classes of their detector.
+        region_kind: how regions are embedded and what predicts hidden ones: as "uniter" (feature
+            and box normalised, then their sum), as "lxmert" (their mean, boxes of 4 numbers), or as
+            "vilbert" (the sum normalised, the whole image before the regions); `layers.region`.
         embed_norm: LayerNorm between the embeddings and the first block (CLIP's `pre_layrnorm`).
         position: "learned", fixed 2-D "sincos" (FLIP, MAE), or "none" (BEiT, with relative_bias).
         relative_bias: a learned bias of attention for each head and displacement between patches
@@ -94,6 +97,12 @@ class VisionConfig(StackConfig):
     cnn: str = "small"
     region_dim: int = 0
     region_classes: int = 0
+    region_kind: Literal["uniter", "lxmert", "vilbert"] = "uniter"
+
+    @property
+    def region_offset(self) -> int:
+        """Tokens that stand before an image's regions."""
+        return int(self.front == "regions" and self.region_kind == "vilbert")
 
     def num_kept(self, num_patches: int) -> int:
         """Of `num_patches`, how many a training step sees."""
@@ -137,15 +146,24 @@ class FusionConfig(StackConfig):
     """Where texts and images meet.
 
     Attributes:
-        kind: "cross", text blocks that read images by cross-attention (ALBEF); or "concat", blocks
-            over text and image tokens in one sequence (UNITER, ViLT).
+        kind: "cross", text blocks that read images by cross-attention (ALBEF); "concat", blocks
+            over text and image tokens in one sequence (UNITER, ViLT); or "co", layers of two
+            streams that read each other: the stack's shape is the text stream's, the image stream
+            has that of the vision stack, whose width and heads co-attention has too.
+        tied: of "co", both directions of co-attention share their weights (LXMERT).
+        co_mlp: of "co", each stream has an MLP between co-attention and its own block (ViLBERT).
+        pair_pooler: the matching head reads relu(linear(first text token)) times relu(linear(first
+            image token)) (ViLBERT).
         modality_types: a learned vector is added to each text token, another to each image token.
         pooler: the matching head reads tanh(linear(first token)) (BERT).
     """
 
-    kind: Literal["cross", "concat"] = "cross"
+    kind: Literal["cross", "concat", "co"] = "cross"
     modality_types: bool = False
     pooler: bool = False
+    tied: bool = False
+    co_mlp: bool = False
+    pair_pooler: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,6 +258,7 @@ class ModelConfig:
                 f"vision.dim must equal text.dim {self.text.dim} where they share a sequence, "
                 f"got {self.vision.dim}"
             )
+        self._check_co()
         if self.region_heads and self.vision.front != "regions":
             raise ValueError(
                 f"region_heads needs vision.front 'regions', got {self.vision.front!r}"
@@ -254,6 +273,25 @@ class ModelConfig:
         self._check_vision()
         self._check_text()
         self._check_codes()
+
+    def _check_co(self) -> None:
+        fusion, vision = self.fusion, self.vision
+        if fusion.kind != "co":
+            if fusion.tied or fusion.co_mlp or fusion.pair_pooler:
+                raise ValueError(
+                    "fusion.tied, fusion.co_mlp and fusion.pair_pooler are for fusion.kind 'co', "
+                    f"got {fusion.kind!r}"
+                )
+        elif fusion.norm != vision.norm:
+            raise ValueError(
+                f"vision.norm must be fusion.norm {fusion.norm!r} for fusion.kind 'co', "
+                f"got {vision.norm!r}"
+            )
+        elif fusion.tied and fusion.dim != vision.dim:
+            raise ValueError(
+                f"vision.dim must be fusion.dim {fusion.dim} where fusion.tied shares weights, "
+                f"got {vision.dim}"
+            )
 
     def _check_vision(self) -> None:
         vision = self.vision
@@ -322,6 +360,8 @@ class ModelConfig:
             "fused image tokens": self.fusion.depth > 0 and self.fusion.kind == "concat",
             "a token head": self.mlm_head,
             "region heads": self.region_heads,
+            "a region feature head": self.region_heads and self.vision.region_kind != "vilbert",
+            "a background class": self.region_heads and self.vision.region_kind != "lxmert",
             "a text tower": self.text.kind != "none",
             "a code head": self.codes > 0,
             "a codebook": self.codebook.size > 0,

@@ -28,6 +28,7 @@ class Rows(Enum):
     NEGATIVE_TEXT = "negative_text"
     MASKED = "masked"
     MASKED_IMAGE = "masked_image"
+    TOGETHER = "together"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Plan:
             same call.
         text, clean_image: the towers read the texts, and the images as they are; only losses on
             images alone do without.
+        together: of texts and images the towers read one version, masked where there is one, and
+            the one group of rows serves every objective.
     """
 
     masked_text: bool
@@ -50,10 +53,15 @@ class Plan:
     masked_image: bool = False
     text: bool = True
     clean_image: bool = True
+    together: bool = False
 
     @classmethod
     def of(cls, config: ObjectivesConfig) -> Plan:
         """The passes that the enabled objectives need."""
+        if config.masking == "together":
+            return cls(
+                bool(config.mlm), (Rows.TOGETHER,), False, config.masks_regions, together=True
+            )
         hard = bool(config.itm) and config.itm_negatives == "hard"
         matching = (Rows.MATCHED, Rows.NEGATIVE_IMAGE, Rows.NEGATIVE_TEXT) if hard else ()
         if config.itm and not hard:
@@ -92,6 +100,7 @@ class Plan:
             Rows.MASKED: (own + batch_size, own),
             Rows.MIXED: (own, mixed_image),
             Rows.MASKED_IMAGE: (own, own + batch_size),
+            Rows.TOGETHER: (own, own if mixed_image is None else mixed_image),
         }
         texts, images = zip(*(rows[group] for group in self.fusion), strict=True)
         return torch.cat(texts), torch.cat(images)
@@ -102,4 +111,4 @@ class Plan:
 
     def first_sequence(self, group: Rows, batch_size: int) -> int:
         """Number of the first fused sequence of `group`."""
-        return self.fusion.index(group) * batch_size
+        return 0 if self.together else self.fusion.index(group) * batch_size

@@ -137,7 +137,7 @@ class PretrainStep(nn.Module):
         """The towers' passes."""
         plan, alpha = Plan.of(config), config.alpha_at(step)
         kept = self._kept_patches(batch, step)
-        mixed = Rows.MIXED in plan.fusion
+        mixed = bool(config.itm) and config.itm_negatives == "random"
         return Passes(
             batch,
             config,

@@ -14,9 +14,9 @@ NEEDS = {
     "itm": ("a fusion tower",),
     "mlm": ("a fusion tower", "a token head"),
     "wra": ("fused image tokens",),
-    "mrfr": ("region heads",),
+    "mrfr": ("region heads", "a region feature head"),
     "mrc": ("region heads",),
-    "mrckl": ("region heads",),
+    "mrckl": ("region heads", "a background class"),
     "mim": ("a code head",),
     "vqkd": ("a codebook",),
 }

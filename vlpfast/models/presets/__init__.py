@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 
 from vlpfast.config import close_match
 from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets import codes, concat, cross, dual
+from vlpfast.models.presets import co, codes, concat, cross, dual
 
 _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "albef": cross.albef,
@@ -18,9 +18,11 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "beit2": codes.beit2,
     "clip": dual.clip,
     "flip": dual.flip,
+    "lxmert": co.lxmert,
     "pixel-bert": concat.pixel_bert,
     "siglip": dual.siglip,
     "uniter": concat.uniter,
+    "vilbert": co.vilbert,
     "vilt": concat.vilt,
     "vqkd": codes.vqkd,
     "vse++": dual.vsepp,
