@@ -16,9 +16,11 @@ from vlpfast.recipes import (
     beit2,
     clip,
     flip,
+    lxmert,
     pixel_bert,
     siglip,
     uniter,
+    vilbert,
     vilt,
     vqkd,
     vsepp,
@@ -27,7 +29,21 @@ from vlpfast.train.config import RunConfig
 
 _RECIPES: dict[str, Callable[[], RunConfig]] = {
     f"{module.__name__.rpartition('.')[2]}_{variant}": recipe
-    for module in (albef, align, beit2, clip, flip, pixel_bert, siglip, uniter, vilt, vqkd, vsepp)
+    for module in (
+        albef,
+        align,
+        beit2,
+        clip,
+        flip,
+        lxmert,
+        pixel_bert,
+        siglip,
+        uniter,
+        vilbert,
+        vilt,
+        vqkd,
+        vsepp,
+    )
     for variant, recipe in module.RECIPES.items()
 }
 
