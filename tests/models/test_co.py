@@ -149,6 +149,20 @@ def test_images_are_copied_only_from_the_first_co_attention_on(tower):
     assert seen["own"] == [12, 12]
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_dropout_is_a_function_of_the_seed(kind):
+    torch.manual_seed(0)
+    text, image = (replace(s, dropout=0.3, attention_dropout=0.3) for s in KINDS[kind])
+    tower = CoTower(text, image).train()
+    same = packed([3], 16).select(torch.tensor([0, 0]))
+    inputs = same, packed([4, 2], image.dim), torch.tensor([1, 1])
+    one, two, three = (tower(*inputs, seed).image.values for seed in (1, 1, 2))
+    assert one.equal(two)
+    assert (one - three).abs().max() > 1e-2
+    # Rows of the same text and image are dropped independently.
+    assert (one[:2] - one[2:]).abs().max() > 1e-2
+
+
 def test_tied_directions_are_one_set_of_weights():
     tied, own = (CoTower(*KINDS[kind]).layers[0] for kind in ("tied-pre", "own-pre"))
     assert tied.cross[0] is tied.cross[-1]

@@ -20,6 +20,8 @@ OBJECTIVES = (
     "mim",
     "vqkd",
 )
+# What `masking` "together" serves.
+TOGETHER = {"itm", "mlm", "mrfr", "mrc", "mrckl"}
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,11 @@ class ObjectivesConfig:
                 "objectives.mim learns a trained tokenizer's codes and objectives.vqkd trains one: "
                 "one after the other"
             )
-        reads_clean = [n for n in ("itc", "sigmoid", "hinge", "wra") if getattr(self, n)]
-        if self.masking == "together" and (reads_clean or self.momentum):
+        others = sorted(self.weights.keys() - TOGETHER)
+        if self.masking == "together" and (others or self.momentum):
             raise ValueError(
-                "objectives.masking 'together' leaves no clean texts and images, which "
-                f"{', '.join(reads_clean) or 'a teacher (objectives.momentum)'} needs: set 'apart'"
+                f"objectives.masking 'together' is one row of each pair, for {sorted(TOGETHER)}; "
+                f"{', '.join(others) or 'a teacher (objectives.momentum)'} needs 'apart'"
             )
         mixed = {name for name, _ in self.mix}
         if self.mix and mixed != self.weights.keys() - {"wra"}:
