@@ -13,6 +13,7 @@ from vlpfast.integrations.weights import export_weights, import_weights
 from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
 from vlpfast.ragged import Ragged
+from vlpfast.regions import Regions
 
 try:
     import transformers
@@ -266,6 +267,76 @@ def test_transformers_align():
     torch.testing.assert_close(loss, out.loss, rtol=1e-5, atol=1e-5)
 
 
+def small_lxmert() -> VLPModel:
+    """BERT's order of norms, 64 wide, with unlike depths."""
+    base = preset_config("lxmert", "base", vocab_size=VOCAB, context_length=LENGTH)
+    shape = {"dim": 64, "heads": 4, "dropout": 0.0, "attention_dropout": 0.0}
+    vision = replace(base.vision, **shape, depth=1, region_dim=24, region_classes=11)
+    text, fusion = replace(base.text, **shape, depth=3), replace(base.fusion, **shape, depth=2)
+    return VLPModel(replace(base, vision=vision, text=text, fusion=fusion)).eval()
+
+
+def transformers_lxmert(model: VLPModel) -> torch.nn.Module:
+    library = _transformers()
+    config = library.LxmertConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=LENGTH,
+        l_layers=model.config.text.depth,
+        r_layers=model.config.vision.depth,
+        x_layers=model.config.fusion.depth,
+        visual_feat_dim=24,
+        num_object_labels=10,
+        num_attr_labels=3,
+        num_qa_labels=5,
+    )
+    return shaken(library.LxmertForPreTraining(config))
+
+
+@torch.no_grad()
+def test_transformers_lxmert():
+    """Streams, pooled text, and every head that both have; texts and images are of unlike lengths,
+    two texts read one image.
+    """
+    ours = small_lxmert()
+    peer = transformers_lxmert(ours)
+    report = import_weights(ours, peer.state_dict(), "transformers")
+    assert len(report.unused) == 1 + 2 + 6
+    generator = torch.Generator().manual_seed(1)
+    features = Ragged.from_padded(
+        torch.randn(3, 5, 24, generator=generator), torch.tensor([5, 2, 4])
+    )
+    boxes = torch.rand(11, 4, generator=generator)
+    image = ours.encode_image(Regions(features, boxes))
+    kv_index = torch.tensor([2, 0, 2, 1])
+    text = ours.encode_text(Ragged.from_lists(TEXTS))
+    fused = ours.fuse_pairs(text.tokens, ours.image_keys(image.tokens), kv_index)
+    (padded_features, mask), (padded_boxes, _) = (
+        r.pad() for r in (features, features.with_values(boxes))
+    )
+    texts = padded(TEXTS)
+    inputs = {
+        "input_ids": texts,
+        "attention_mask": (texts != 0).long(),
+        "visual_feats": padded_features[kv_index],
+        "visual_pos": padded_boxes[kv_index],
+        "visual_attention_mask": mask[kv_index].long(),
+    }
+    bare, out = peer.lxmert(**inputs), peer(**inputs)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-5)
+    assert (bare.language_output[0, 0] - bare.language_output[3, 0]).norm() > 0.02
+    close(fused.text.values, bare.language_output[texts != 0])
+    close(fused.image.values, bare.vision_output[mask[kv_index]])
+    close(ours.pool(fused.text.values[fused.text.first()]), bare.pooled_output)
+    close(ours.match(fused), out.cross_relationship_score)
+    close(ours.token_logits(fused.text.values), out.prediction_logits[texts != 0])
+    predicted = peer.obj_predict_head(bare.vision_output[mask[kv_index]])
+    close(ours.region_logits(fused.image.values), predicted["obj"])
+    close(ours.region_features(fused.image.values), predicted["feat"])
+
+
 def _batch(images: torch.Tensor, text: Ragged):
     rows = torch.arange(len(text))
     return Batch(images, text, image_ids=rows, sample_ids=rows, positions=rows)
@@ -276,6 +347,7 @@ PEERS = {
     "open_clip-siglip": lambda mp: (small("siglip"), partial(open_clip_siglip, monkeypatch=mp)),
     "open_clip-clip": lambda mp: (small("clip"), open_clip_clip),
     "transformers-align": lambda mp: (small_align(), transformers_align),
+    "transformers-lxmert": lambda mp: (small_lxmert(), transformers_lxmert),
 }
 
 

@@ -1,4 +1,6 @@
-"""The recipes of single-stream systems on generated scenes, from shards to a probe, and resumed."""
+"""The recipes of single-stream and two-stream systems on generated scenes, from shards to a probe,
+and resumed.
+"""
 
 import json
 from dataclasses import replace
@@ -17,6 +19,8 @@ LOSSES = {
     "pixel_bert_scenes": {"itm", "mlm"},
     "uni_perceiver_scenes": {"itc", "mlm", "classify"},
     "uni_perceiver_moe_scenes": {"itc", "mlm", "classify"},
+    "lxmert_scenes": {"itm", "mlm", "mrfr", "mrc"},
+    "vilbert_scenes": {"itm", "mlm", "mrckl"},
 }
 
 
@@ -82,3 +86,15 @@ def test_regions_are_aligned_by_name(scenes, tmp_path):
     assert 0 < result.metrics["region_mass"] < 100
     with pytest.raises(ValueError, match="retrieval ranks by embeddings in a joint space; preset"):
         evaluate(config.run_dir, "retrieval", scenes, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("name", ["lxmert_scenes", "vilbert_scenes"])
+def test_streams_apart_have_probes_of_words_and_pairs(name, scenes, tmp_path):
+    """With the published masking, one row of each pair."""
+    config = small(name, scenes, tmp_path, 1)
+    config = replace(config, objectives=replace(config.objectives, masking="together"))
+    train(config)
+    result = evaluate(config.run_dir, "swap", scenes, device="cpu", progress=False)
+    assert set(result.metrics) == {"itm_swap_accuracy"}
+    with pytest.raises(ValueError, match="align needs a model that reads regions beside words"):
+        evaluate(config.run_dir, "align", scenes, device="cpu", progress=False)

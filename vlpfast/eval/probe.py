@@ -148,7 +148,7 @@ def swap_probe(
             wins["swap_accuracy"] += _wins(similarity)
         if model.match_head is not None:
             kv_index = torch.arange(len(rows), device=device).repeat(2)
-            fused = model.fuse(text.tokens, model.image_keys(image.tokens), kv_index)
+            fused = model.fuse_pairs(text.tokens, model.image_keys(image.tokens), kv_index)
             logits = model.match(fused)
             wins["itm_swap_accuracy"] += _wins(logits[:, 1] - logits[:, 0])
     if num_pairs == 0:

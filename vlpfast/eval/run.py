@@ -267,7 +267,8 @@ class _Evaluation:
         )
 
     def align(self) -> EvalResult:
-        if self.model.config.vision.front != "regions":
+        parts = self.model.config.parts
+        if self.model.config.vision.front != "regions" or "fused image tokens" not in parts:
             raise ValueError(
                 "align needs a model that reads regions beside words, as 'uniter'; "
                 f"preset {self.model.config.preset!r} does not"

@@ -275,6 +275,60 @@ def _transformers_beit(config: ModelConfig) -> Layout:
     return Layout("transformers BeitForMaskedImageModeling", tuple(rules))
 
 
+_LXMERT_STREAM = {
+    "attention.qkv.{k}": "self_att.self.query.{k} self_att.self.key.{k} self_att.self.value.{k}",
+    "attention.out.{k}": "self_att.output.dense.{k}",
+    "norm1.{k}": "self_att.output.LayerNorm.{k}",
+    "mlp.fc1.{k}": "inter.dense.{k}",
+    "mlp.fc2.{k}": "output.dense.{k}",
+    "norm2.{k}": "output.LayerNorm.{k}",
+}
+_LXMERT_CROSS = {
+    "qkv.{k}": "att.query.{k} att.key.{k} att.value.{k}",
+    "out.{k}": "output.dense.{k}",
+    "norm.{k}": "output.LayerNorm.{k}",
+}
+
+
+def _transformers_lxmert(config: ModelConfig) -> Layout:
+    names = {
+        "text.embedding.token": "lxmert.embeddings.word_embeddings.weight",
+        "text.embedding.position": "lxmert.embeddings.position_embeddings.weight",
+        "text.embedding.token_type": "lxmert.embeddings.token_type_embeddings.weight",
+        "text.embedding.norm.{k}": "lxmert.embeddings.LayerNorm.{k}",
+        "vision.embedding.feature.{k}": "lxmert.encoder.visn_fc.visn_fc.{k}",
+        "vision.embedding.feature_norm.{k}": "lxmert.encoder.visn_fc.visn_layer_norm.{k}",
+        "vision.embedding.box.{k}": "lxmert.encoder.visn_fc.box_fc.{k}",
+        "vision.embedding.box_norm.{k}": "lxmert.encoder.visn_fc.box_layer_norm.{k}",
+        "pooler.{k}": "lxmert.pooler.dense.{k}",
+        "match_head.{k}": "cls.seq_relationship.{k}",
+        "token_head.dense.{k}": "cls.predictions.transform.dense.{k}",
+        "token_head.norm.{k}": "cls.predictions.transform.LayerNorm.{k}",
+        "token_head.bias": "cls.predictions.bias",
+        "region_heads.dense.{k}": "obj_predict_head.transform.dense.{k}",
+        "region_heads.norm.{k}": "obj_predict_head.transform.LayerNorm.{k}",
+        "region_heads.classes.{k}": "obj_predict_head.decoder_dict.obj.{k}",
+        "region_heads.feature.{k}": "obj_predict_head.decoder_dict.feat.{k}",
+    }
+    rules = [
+        *_rules(names),
+        *_stack(_BERT_BLOCK, "text", "lxmert.encoder.layer", config.text.depth),
+        *_stack(_BERT_BLOCK, "vision", "lxmert.encoder.r_layers", config.vision.depth),
+    ]
+    for number in range(config.fusion.depth):
+        here, there = f"fusion.layers.{number}.", f"lxmert.encoder.x_layers.{number}."
+        rules += _rules(_LXMERT_CROSS, f"{here}cross.0.", f"{there}visual_attention.")
+        for place, stream in enumerate(("lang_", "visn_")):
+            rules += _rules(_LXMERT_STREAM, f"{here}own.{place}.", f"{there}{stream}")
+    unused = (
+        ("cls.predictions.decoder.weight", "the token table, which is there twice"),
+        ("obj_predict_head.decoder_dict.attr.*", "no batch has the attributes of regions"),
+        ("answer_head.*", "no batch has answers"),
+        _POSITION_IDS,
+    )
+    return Layout("transformers LxmertForPreTraining", tuple(rules), unused)
+
+
 def _open_clip_text(config: ModelConfig, prefix: str) -> list[Rule]:
     names = {
         "text.embedding.token": "token_embedding.weight",
@@ -397,6 +451,7 @@ LAYOUTS: dict[str, dict[str, Callable[[ModelConfig], Layout]]] = {
         "align": _transformers_align,
         "beit2": _transformers_beit,
         "clip": lambda config: transformers_clip(config.vision.depth, config.text.depth),
+        "lxmert": _transformers_lxmert,
         "siglip": _transformers_siglip,
     },
     "open_clip": {

@@ -55,6 +55,9 @@ class VisionConfig(StackConfig):
         patch_bias: whether the patch projection has a bias.
         cnn: the network of "grid" and "cnn": "small", "resnet50", or a name of timm's.
         region_dim, region_classes: width of the regions' features, and classes of their detector.
+        region_kind: how regions are embedded and what predicts hidden ones: as "uniter" (feature
+            and box normalised, then their sum), as "lxmert" (their mean, boxes of 4 numbers), or as
+            "vilbert" (the sum normalised, the whole image before the regions); `layers.region`.
         embed_norm: LayerNorm between the embeddings and the first block (CLIP's `pre_layrnorm`).
         position: "learned", fixed 2-D "sincos" (FLIP, MAE), or "none" (BEiT, with relative_bias).
         relative_bias: a learned bias of attention for each head and displacement between patches
@@ -99,6 +102,12 @@ class VisionConfig(StackConfig):
     region_dim: int = 0
     region_classes: int = 0
     num_queries: int = 0
+    region_kind: Literal["uniter", "lxmert", "vilbert"] = "uniter"
+
+    @property
+    def region_offset(self) -> int:
+        """Tokens that stand before an image's regions."""
+        return int(self.front == "regions" and self.region_kind == "vilbert")
 
     def num_kept(self, num_patches: int) -> int:
         """Of `num_patches`, how many a training step sees."""
@@ -147,9 +156,15 @@ class FusionConfig(StackConfig):
 
     Attributes:
         kind: "cross", text blocks that read images by cross-attention (ALBEF); "concat", blocks
-            over text and image tokens in one sequence (UNITER, ViLT); or "shared", such blocks that
-            encode images alone and texts alone too, into the joint space, and the words that are
-            predicted (Uni-Perceiver).
+            over text and image tokens in one sequence (UNITER, ViLT); "co", layers of two streams
+            that read each other: the stack's shape is the text stream's, the image stream has that
+            of the vision stack, whose width and heads co-attention has too; or "shared", "concat"
+            that encodes images alone and texts alone too, into the joint space, and the words that
+            are predicted (Uni-Perceiver).
+        tied: of "co", both directions of co-attention share their weights (LXMERT).
+        co_mlp: of "co", each stream has an MLP between co-attention and its own block (ViLBERT).
+        pair_pooler: the matching head reads relu(linear(first text token)) times relu(linear(first
+            image token)) (ViLBERT).
         modality_types: a learned vector is added to each text token, another to each image token.
         pooler: the matching head reads tanh(linear(first token)) (BERT).
         experts: of "concat": "shared" serves both modalities by the same blocks; "mome" has an MLP
@@ -168,7 +183,7 @@ class FusionConfig(StackConfig):
             which a kind of tokens is given `moe_top_k` by its attributes; 0: none. "shared" only.
     """
 
-    kind: Literal["cross", "concat", "shared"] = "cross"
+    kind: Literal["cross", "concat", "co", "shared"] = "cross"
     modality_types: bool = False
     pooler: bool = False
     experts: Literal["shared", "mome", "multiway"] = "shared"
@@ -181,6 +196,9 @@ class FusionConfig(StackConfig):
     mlp_between: bool = False
     moe_experts: int = 0
     moe_top_k: int = 2
+    tied: bool = False
+    co_mlp: bool = False
+    pair_pooler: bool = False
 
 
 @dataclass(frozen=True)
@@ -285,11 +303,12 @@ class ModelConfig:
             raise ValueError(
                 f"fusion.dim must equal text.dim {self.text.dim}, got {self.fusion.dim}"
             )
-        if self.fusion.depth and self.fusion.kind != "cross" and self.vision.dim != self.text.dim:
+        if self.joins_tokens and self.vision.dim != self.text.dim:
             raise ValueError(
                 f"vision.dim must equal text.dim {self.text.dim} where they share a sequence, "
                 f"got {self.vision.dim}"
             )
+        self._check_co()
         if self.fusion.causal and (self.fusion.kind != "cross" or not self.text.causal):
             raise ValueError(
                 "fusion.causal needs fusion.kind 'cross' and text.causal True: what decodes must "
@@ -340,6 +359,25 @@ class ModelConfig:
             raise ValueError(
                 f"fusion.experts {fusion.experts!r} needs fusion.kind 'concat' and fusion.norm "
                 f"'pre' or 'sub', got {fusion.kind!r} and {fusion.norm!r}"
+            )
+
+    def _check_co(self) -> None:
+        fusion, vision = self.fusion, self.vision
+        if fusion.kind != "co":
+            if fusion.tied or fusion.co_mlp or fusion.pair_pooler:
+                raise ValueError(
+                    "fusion.tied, fusion.co_mlp and fusion.pair_pooler are for fusion.kind 'co', "
+                    f"got {fusion.kind!r}"
+                )
+        elif fusion.norm != vision.norm:
+            raise ValueError(
+                f"vision.norm must be fusion.norm {fusion.norm!r} for fusion.kind 'co', "
+                f"got {vision.norm!r}"
+            )
+        elif fusion.tied and fusion.dim != vision.dim:
+            raise ValueError(
+                f"vision.dim must be fusion.dim {fusion.dim} where fusion.tied shares weights, "
+                f"got {vision.dim}"
             )
 
     def _check_vision(self) -> None:
@@ -437,15 +475,22 @@ class ModelConfig:
             "a fusion tower": self.fusion.depth > 0 and not self.fusion.causal,
             "a matching head": self.fusion.depth > 0 and self.match_head,
             "a text decoder": self.lm_head != "none",
-            "fused image tokens": self.fusion.depth > 0 and self.fusion.kind != "cross",
+            "fused image tokens": self.joins_tokens,
             "one stack for both": self.one_stack,
             "a token head": self.mlm_head or self.shared,
             "region heads": self.region_heads,
+            "a region feature head": self.region_heads and self.vision.region_kind != "vilbert",
+            "a background class": self.region_heads and self.vision.region_kind != "lxmert",
             "a text tower": self.text.kind != "none",
             "a code head": self.codes > 0,
             "a codebook": self.codebook.size > 0,
         }
         return tuple(part for part, present in has.items() if present)
+
+    @property
+    def joins_tokens(self) -> bool:
+        """Whether fusion has text and image tokens in one sequence."""
+        return self.fusion.depth > 0 and self.fusion.kind in ("concat", "shared")
 
     @property
     def one_stack(self) -> bool:

@@ -20,7 +20,7 @@ from vlpfast.layers.keys import KeyCache, KeyNorm
 from vlpfast.layers.moe import MoeBlock
 from vlpfast.layers.pooler import MapPooler, QueryPooler
 from vlpfast.layers.position_bias import RelativeBias, window_displacements
-from vlpfast.layers.region import RegionEmbedding
+from vlpfast.layers.region import REGION_EMBEDDINGS
 from vlpfast.models.config import FusionConfig, ModelConfig, StackConfig, TextConfig, VisionConfig
 from vlpfast.models.outputs import FusedOutput
 from vlpfast.ops.seed import fold_seed
@@ -78,7 +78,7 @@ def _relative_bias(config: VisionConfig, model: ModelConfig) -> RelativeBias | N
 def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
     pixels = {"mean": model.image_mean, "std": model.image_std}
     if config.front == "regions":
-        return RegionEmbedding(config.dim, config.region_dim, config.norm_eps)
+        return REGION_EMBEDDINGS[config.region_kind](config.dim, config.region_dim, config.norm_eps)
     if config.front == "grid":
         return GridEmbedding(config.dim, config.cnn, patch_size=config.patch_size, **pixels)
     return PatchEmbedding(

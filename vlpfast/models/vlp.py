@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from vlpfast.layers.block import ResidualNorm
 from vlpfast.layers.keys import KeyCache
-from vlpfast.layers.region import RegionHeads
-from vlpfast.models.config import ModelConfig, TextConfig
+from vlpfast.layers.region import REGION_HEADS
+from vlpfast.models.co import CoTower
+from vlpfast.models.config import FusionConfig, ModelConfig, TextConfig
 from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.experts import ExpertTower
 from vlpfast.models.generate import Generated, SearchOptions, generate
@@ -91,9 +92,9 @@ class VLPModel(nn.Module):
         self.image_projection = _projection(config, vision.dim, config.image_projection)
         self.text_projection = _projection(config, text.dim, config.text_projection)
         self.joint_heads = JointHeads(config) if config.joint_embedding else None
-        self.pooler = nn.Linear(fusion.dim, fusion.dim) if fusion.pooler else None
+        self.pooler, self.image_pooler, width = _poolers(fusion, vision.dim)
         matches = fusion.depth and config.match_head
-        self.match_head = nn.Linear(fusion.dim, 2) if matches else None
+        self.match_head = nn.Linear(width, 2) if matches else None
         self.lm_head = (
             nn.Linear(fusion.dim, text.vocab_size, bias=False)
             if config.lm_head == "linear"
@@ -111,7 +112,9 @@ class VLPModel(nn.Module):
             else None
         )
         self.region_heads = (
-            RegionHeads(fusion.dim, vision.region_dim, vision.region_classes, fusion.norm_eps)
+            REGION_HEADS[vision.region_kind](
+                vision.dim, vision.region_dim, vision.region_classes, fusion.norm_eps
+            )
             if config.region_heads
             else None
         )
@@ -159,6 +162,7 @@ class VLPModel(nn.Module):
             self.match_head,
             self.token_head,
             self.pooler,
+            self.image_pooler,
             self.region_heads,
             self.code_head,
             self.lm_head,
@@ -400,28 +404,47 @@ class VLPModel(nn.Module):
             keys = self.image_keys(self.encode_image(images).tokens)
             return generate(self, keys, len(images), search)
 
-    def match(self, fused: Ragged) -> Tensor:
-        """Image-text matching logits (R, 2) from the first token of each row; index 1 says "they
-        match".
+    def match(self, fused: Ragged | FusedOutput, rows: int | None = None) -> Tensor:
+        """Image-text matching logits (R, 2) from the first token of each row (or of the first
+        `rows`); index 1 says "they match". A model with `fusion.pair_pooler` needs both streams.
         """
-        return self.match_logits(fused.values[fused.first()])
+        text, image = (fused, None) if isinstance(fused, Ragged) else (fused.text, fused.image)
+        first = text.values[text.first()[:rows]]
+        if self.image_pooler is None:
+            return self.match_logits(first)
+        if image is None:
+            raise ValueError(
+                f"match of preset {self.config.preset!r} reads the fused image tokens too: give "
+                "what fuse_pairs returns"
+            )
+        return self.match_logits(first, image.values[image.first()[:rows]])
 
-    def match_logits(self, first_tokens: Tensor) -> Tensor:
-        """`match` on first tokens (R, D) already taken."""
+    def match_logits(self, first_tokens: Tensor, first_places: Tensor | None = None) -> Tensor:
+        """`match` on first tokens (R, D), and where the model pools images (R, D_image), already
+        taken.
+        """
         self._need(self.match_head, "a matching head")
-        return _full(self.match_head(self.pool(first_tokens)))
+        return _full(self.match_head(self.pool(first_tokens, first_places)))
 
-    def pool(self, first_tokens: Tensor) -> Tensor:
-        """What the matching head reads of first tokens (R, D): BERT's pooler where there is one."""
+    def pool(self, first_tokens: Tensor, first_places: Tensor | None = None) -> Tensor:
+        """What the matching head reads of first tokens (R, D): BERT's pooler where there is one;
+        with `fusion.pair_pooler` the product of what is pooled of texts and of images.
+        """
+        if self.image_pooler is not None:
+            return self.pooler(first_tokens).relu() * self.image_pooler(first_places).relu()
         return first_tokens if self.pooler is None else self.pooler(first_tokens).tanh()
 
     def region_features(self, hidden: Tensor) -> Tensor:
         """Features (n, region_dim) of hidden regions from their fused tokens (n, D)."""
         self._need(self.region_heads, "region heads")
+        if "a region feature head" not in self.config.parts:
+            raise ValueError(missing(self.config.preset, "a region feature head"))
         return _full(self.region_heads.features(hidden, self.vision.embedding))
 
     def region_logits(self, hidden: Tensor) -> Tensor:
-        """Class logits (n, region_classes) of hidden regions from their fused tokens (n, D)."""
+        """Class logits (n, region_classes) of hidden regions from their fused tokens (n, D); as
+        LXMERT has them, one column less: there is no background.
+        """
         self._need(self.region_heads, "region heads")
         return _full(self.region_heads.logits(hidden))
 
@@ -483,7 +506,7 @@ def _text_tower(config: TextConfig) -> TextTower | GruTower | None:
     return (GruTower if config.kind == "gru" else TextTower)(config)
 
 
-def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | ExpertTower | None:
+def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | CoTower | None:
     config = model.fusion
     if not config.depth:
         return None
@@ -491,7 +514,19 @@ def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | ExpertTower
         return SharedTower(config, model.embed_dim)
     if config.experts != "shared":
         return ExpertTower(config, model)
+    if config.kind == "co":
+        return CoTower(config, model.vision)
     return ConcatTower(config) if config.kind == "concat" else FusionTower(config, model.vision.dim)
+
+
+def _poolers(
+    config: FusionConfig, image_dim: int
+) -> tuple[nn.Linear | None, nn.Linear | None, int]:
+    """Of texts and images, and the width that the matching head reads."""
+    if config.pair_pooler:
+        poolers = (nn.Linear(width, image_dim) for width in (config.dim, image_dim))
+        return (*poolers, image_dim)
+    return nn.Linear(config.dim, config.dim) if config.pooler else None, None, config.dim
 
 
 def _projection(config: ModelConfig, width: int, wanted: bool) -> nn.Module | None:

@@ -24,6 +24,8 @@ OBJECTIVES = (
     "vqkd",
     "classify",
 )
+# What `masking` "together" serves.
+TOGETHER = {"itm", "mlm", "mrfr", "mrc", "mrckl"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,13 @@ class ObjectivesConfig:
         mrfr, mrc, mrckl: hidden regions' features, classes, and class distributions.
             `mrm_probability` is the share of regions hidden, `mrm_reduction` what features and
             distributions are averaged over (`objectives.regions`).
+        mrfr_loss: "mse" (UNITER) or "smooth_l1" (LXMERT).
+        mrc_weighted: each region's class counts by the detector's confidence in it (LXMERT), with
+            `mrm_reduction` "code" also of regions that are not hidden.
+        masking: "apart" shows hidden regions with the whole text and masked words with all regions,
+            and matches clean pairs: rows of their own each (UNITER's conditional masking).
+            "together" has one row of each pair, with masked words, hidden regions and the image
+            that matching shows: one pass for all objectives (LXMERT, ViLBERT).
         mim: masked image modelling: a frozen tokenizer's codes of hidden patches (BEiT);
             `mim_probability` is the share of patches hidden.
         mvm: masked vision modelling: the same where the image's text can be seen (BEiT-3).
@@ -97,6 +106,9 @@ class ObjectivesConfig:
     wra_tokens: Literal["all", "inner"] = "all"
     mrm_probability: float = 0.15
     mrm_reduction: Literal["paper", "code"] = "code"
+    mrfr_loss: Literal["mse", "smooth_l1"] = "mse"
+    mrc_weighted: bool = False
+    masking: Literal["apart", "together"] = "apart"
     mix: tuple[tuple[str, float], ...] = ()
     label_smoothing: float = 0.0
     mlm_probability: float = 0.15
@@ -129,6 +141,12 @@ class ObjectivesConfig:
             raise ValueError(
                 "objectives.mim learns a trained tokenizer's codes and objectives.vqkd trains one: "
                 "one after the other"
+            )
+        others = sorted(self.weights.keys() - TOGETHER)
+        if self.masking == "together" and (others or self.momentum):
+            raise ValueError(
+                f"objectives.masking 'together' is one row of each pair, for {sorted(TOGETHER)}; "
+                f"{', '.join(others) or 'a teacher (objectives.momentum)'} needs 'apart'"
             )
         mixed = {name for name, _ in self.mix}
         if self.mix and mixed != self.weights.keys() - {"wra"}:

@@ -16,9 +16,9 @@ def itm(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) -> 
     """Whether text and image belong together, of the rows of the plan that matching has: they are
     its first. `metrics` gets their accuracy.
     """
-    size, fused = len(passes.batch), passes.fused.text
+    size = len(passes.batch)
     rows = size if passes.mixed_image is not None else 3 * size
-    logits = passes.model.match_logits(fused.values[fused.first()[:rows]])
+    logits = passes.model.match(passes.fused, rows)
     if passes.mixed_image is not None:
         loss, right = pair_loss(logits, matched_pairs(passes))
     else:

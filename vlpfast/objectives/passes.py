@@ -70,6 +70,13 @@ class Passes:
         return self.student.model
 
     @property
+    def shown_regions(self) -> Regions:
+        """Of the rows that predict hidden regions, what they show."""
+        regions = self.batch.masked_regions
+        swapped = self.plan.together and self.mixed_image is not None
+        return regions[self.mixed_image] if swapped else regions
+
+    @property
     def image_embedding(self) -> Tensor:
         """(B, E) of the batch's images."""
         return self.student.image.embedding[: len(self.batch)]
@@ -96,6 +103,7 @@ def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: 
     texts = [batch.text]
     texts += [batch.masked_text] if plan.masked_text else []
     texts += [batch.masked_alone] if plan.masked_alone else []
+    texts = texts[-1:] if plan.together else texts
     text = model.encode_text(
         Ragged.cat(texts),
         seed=fold_seed(seed, 2),
@@ -110,7 +118,8 @@ def _images(model: VLPModel, batch: Batch, plan: Plan) -> tuple[Tensor | Regions
     if not plan.masked_image:
         return images, None
     if isinstance(images, Regions):
-        return Regions.cat([images, batch.masked_regions]), None
+        masked = batch.masked_regions
+        return masked if plan.together else Regions.cat([images, masked]), None
     ids = batch.hidden_patches
     shape = (len(batch), model.config.num_patches)
     hidden = torch.zeros(shape, dtype=torch.bool, device=ids.device).scatter(1, ids, True)

@@ -30,6 +30,7 @@ class Rows(Enum):
     MASKED_IMAGE = "masked_image"
     MASKED_TEXT_ALONE = "masked_text_alone"
     MASKED_IMAGE_ALONE = "masked_image_alone"
+    TOGETHER = "together"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Plan:
         masked_alone: the text tower also reads the texts masked for modelling without images.
         embed_image, embed_text: an objective reads where they are in the joint space.
         causal: masked texts are read causally.
+        together: of texts and images the towers read one version, masked where there is one, and
+            the one group of rows serves every objective.
     """
 
     masked_text: bool
@@ -61,12 +64,23 @@ class Plan:
     embed_text: bool = True
     causal: bool = False
     decodes: bool = False
+    together: bool = False
 
     @classmethod
     def of(cls, config: ObjectivesConfig, *, one_stack: bool = False) -> Plan:
         """The passes that the enabled objectives need; `one_stack` says whether one modality's
         tower is the fusion's stack.
         """
+        if config.masking == "together":
+            return cls(
+                bool(config.mlm),
+                (Rows.TOGETHER,),
+                False,
+                config.masks_regions,
+                embed_image=False,
+                embed_text=False,
+                together=True,
+            )
         hard = bool(config.itm) and config.itm_negatives == "hard"
         matching = (Rows.MATCHED, Rows.NEGATIVE_IMAGE, Rows.NEGATIVE_TEXT) if hard else ()
         if config.itm and not hard:
@@ -122,6 +136,7 @@ class Plan:
             Rows.MASKED_IMAGE: (own, masked_image),
             Rows.MASKED_IMAGE_ALONE: (no_text, masked_image),
             Rows.MASKED_TEXT_ALONE: (own + batch_size * (1 + self.masked_text), no_image),
+            Rows.TOGETHER: (own, own if mixed_image is None else mixed_image),
         }
         texts, images = zip(*(rows[group] for group in self.fusion), strict=True)
         return torch.cat(texts), torch.cat(images)
@@ -137,4 +152,4 @@ class Plan:
 
     def first_sequence(self, group: Rows, batch_size: int) -> int:
         """Number of the first fused sequence of `group`."""
-        return self.fusion.index(group) * batch_size
+        return 0 if self.together else self.fusion.index(group) * batch_size

@@ -30,14 +30,22 @@ def wra(passes: Passes) -> Loss:
 def mrfr(passes: Passes) -> Loss:
     """Masked region feature regression."""
     hidden, tokens = _hidden(passes)
-    target = passes.batch.masked_regions.features.values[hidden]
+    target = passes.shown_regions.features.values[hidden]
     predicted = passes.model.region_features(tokens)
-    return feature_loss(predicted, target, passes.config.mrm_reduction)
+    config = passes.config
+    return feature_loss(predicted, target, config.mrm_reduction, config.mrfr_loss)
 
 
 def mrc(passes: Passes) -> Loss:
     """Masked region classification."""
-    return class_loss(*_hidden_classes(passes))
+    if not passes.config.mrc_weighted:
+        return class_loss(*_hidden_classes(passes))
+    if passes.config.mrm_reduction == "paper":
+        return weighted_class_loss(*_hidden_classes(passes))
+    labels = _labels(passes)
+    every = torch.arange(labels.shape[0], device=labels.device)
+    logits = passes.model.region_logits(_region_tokens(passes, every))
+    return weighted_class_loss(logits, labels, passes.config.mrm_probability)
 
 
 def mrckl(passes: Passes) -> Loss:
@@ -47,21 +55,35 @@ def mrckl(passes: Passes) -> Loss:
 
 def _hidden(passes: Passes) -> tuple[Tensor, Tensor]:
     """Packed indices (n,) of the hidden regions, and their fused tokens (n, D)."""
-    hidden, fused = passes.batch.masked_regions.hidden.nonzero().squeeze(1), passes.fused.image
+    hidden = passes.shown_regions.hidden.nonzero().squeeze(1)
+    return hidden, _region_tokens(passes, hidden)
+
+
+def _region_tokens(passes: Passes, regions: Tensor) -> Tensor:
+    """Fused tokens (n, D) of the regions of packed indices (n,)."""
+    fused = passes.fused.image
     first = passes.plan.first_sequence(Rows.MASKED_IMAGE, len(passes.batch))
-    return hidden, fused.values[fused.cu_seqlens[first] + hidden]
+    places = fused.cu_seqlens[first] + regions
+    if offset := passes.model.config.vision.region_offset:
+        places = places + offset * (passes.shown_regions.features.row_ids()[regions] + 1)
+    return fused.values[places]
 
 
 def _hidden_classes(passes: Passes) -> tuple[Tensor, Tensor]:
     """Predicted logits (n, C) and the detector's distributions (n, C) of the hidden regions."""
-    labels = passes.batch.masked_regions.labels
+    hidden, tokens = _hidden(passes)
+    return passes.model.region_logits(tokens), _labels(passes)[hidden]
+
+
+def _labels(passes: Passes) -> Tensor:
+    """The detector's class distributions (T, C) of all regions."""
+    labels = passes.shown_regions.labels
     if labels is None:
         raise ValueError(
             "objectives.mrc and objectives.mrckl need the detector's class distributions, "
             "and the regions have no labels; mrfr needs none"
         )
-    hidden, tokens = _hidden(passes)
-    return passes.model.region_logits(tokens), labels[hidden]
+    return labels
 
 
 def aligned_masks(
@@ -103,18 +125,26 @@ def alignment_loss(text: Ragged, image: Ragged, matched: Tensor, tokens: Aligned
     return mean * rows, torch.tensor(rows, device=mean.device)
 
 
-def feature_loss(predicted: Tensor, target: Tensor, reduction: Literal["paper", "code"]) -> Loss:
-    """Masked region feature regression: sum_r |predicted_r - target_r|^2.
+def feature_loss(
+    predicted: Tensor,
+    target: Tensor,
+    reduction: Literal["paper", "code"],
+    kind: Literal["mse", "smooth_l1"] = "mse",
+) -> Loss:
+    """Masked region feature regression: sum_r |predicted_r - target_r|^2, or summed over dimensions
+    d^2 / 2 where d = |difference| < 1, else d - 1/2 (LXMERT).
 
     Args:
         predicted, target (n, D): of the n hidden regions.
-        reduction: "paper" is a mean over regions of that sum; "code", as UNITER's, a mean over
-            regions and dimensions: D times smaller.
+        reduction: "paper" is a mean over regions of that sum; "code", as UNITER's and LXMERT's, a
+            mean over regions and dimensions: D times smaller.
+        kind: of the distance.
 
     Source: Chen et al. 2020 (UNITER), section 3.2, arXiv:1909.11740; ChenRocks/UNITER
     model/pretrain.py `forward_mrfr`.
     """
-    total = F.mse_loss(predicted.float(), target.float(), reduction="sum")
+    distance = F.mse_loss if kind == "mse" else F.smooth_l1_loss
+    total = distance(predicted.float(), target.float(), reduction="sum")
     return total, _count(predicted, reduction)
 
 
@@ -123,13 +153,30 @@ def class_loss(logits: Tensor, labels: Tensor) -> Loss:
     background.
 
     Args:
-        logits (n, C): of the n hidden regions.
+        logits (n, C), or (n, C - 1) without background: of the n hidden regions.
         labels (n, C): the detector's class distribution, column 0 background.
 
     Source: as `feature_loss`, `forward_mrc`.
     """
-    foreground = labels[:, BACKGROUND + 1 :].argmax(1) + BACKGROUND + 1
-    return F.cross_entropy(logits, foreground, reduction="sum"), _count(logits, "paper")
+    _, target = _foreground(logits, labels)
+    return F.cross_entropy(logits, target, reduction="sum"), _count(logits, "paper")
+
+
+def weighted_class_loss(logits: Tensor, labels: Tensor, share: float = 1.0) -> Loss:
+    """Region classification by confidence: sum_r c_r CE(logits_r, the class whose probability c_r
+    is largest of those that are not background).
+
+    Args:
+        logits, labels: as in `class_loss`, of n regions.
+        share: of the regions how many the mean is taken over. LXMERT's code has all regions in the
+            sum, hidden or not, and divides by their number times the share that is hidden.
+
+    Source: Tan & Bansal 2019 (LXMERT), section 3.1.2, arXiv:1908.07490; airsplay/lxmert
+    src/lxrt/modeling.py `LXRTPretraining`.
+    """
+    confidence, target = _foreground(logits, labels)
+    losses = F.cross_entropy(logits, target, reduction="none")
+    return (confidence * losses).sum(), _count(logits, "paper") * share
 
 
 def class_divergence(logits: Tensor, labels: Tensor, reduction: Literal["paper", "code"]) -> Loss:
@@ -143,6 +190,12 @@ def class_divergence(logits: Tensor, labels: Tensor, reduction: Literal["paper",
     """
     total = F.kl_div(F.log_softmax(logits, 1), labels.float(), reduction="sum")
     return total, _count(logits, reduction)
+
+
+def _foreground(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest probability (n,) that is not background, and its column in `logits` (n,)."""
+    confidence, target = labels[:, BACKGROUND + 1 :].float().max(1)
+    return confidence, target + logits.shape[1] - labels.shape[1] + BACKGROUND + 1
 
 
 def _count(like: Tensor, reduction: str) -> Tensor:

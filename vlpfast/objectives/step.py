@@ -152,7 +152,7 @@ class PretrainStep(nn.Module):
         plan = Plan.of(config, one_stack=self.model.config.one_stack)
         alpha = config.alpha_at(step)
         kept = self._kept_patches(batch, step)
-        mixed = Rows.MIXED in plan.fusion
+        mixed = bool(config.itm) and config.itm_negatives == "random"
         return Passes(
             batch,
             config,

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 
 from vlpfast.config import close_match
 from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets import caption, codes, concat, cross, dual, experts, generalist
+from vlpfast.models.presets import caption, co, codes, concat, cross, dual, experts, generalist
 
 _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "albef": cross.albef,
@@ -20,11 +20,13 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "clip": dual.clip,
     "coca": caption.coca,
     "flip": dual.flip,
+    "lxmert": co.lxmert,
     "pixel-bert": concat.pixel_bert,
     "siglip": dual.siglip,
     "uni-perceiver": generalist.uni_perceiver,
     "uni-perceiver-moe": generalist.uni_perceiver_moe,
     "uniter": concat.uniter,
+    "vilbert": co.vilbert,
     "vilt": concat.vilt,
     "vlmo": experts.vlmo,
     "vqkd": codes.vqkd,

@@ -1,0 +1,83 @@
+"""Two streams that read each other by co-attention.
+
+The compact sizes normalise before each branch, as `albef`'s, and read the regions of the embedded
+scenes; for others set `vision.region_dim` and `vision.region_classes`.
+"""
+
+from __future__ import annotations
+
+from vlpfast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
+from vlpfast.models.presets.sizes import compact
+
+
+def _two_streams(
+    preset: str, size: str, depths: tuple[int, int, int], *, image: dict, fusion: dict
+) -> ModelConfig:
+    """Text and fusion as BERT; `image` is what differs of the image stream. `depths` are those of
+    vision, text and fusion.
+    """
+    base = size == "base"
+    shape = {"dim": 768, "heads": 12} if base else compact(size)[0]
+    norm = {"norm": "post", "norm_eps": 1e-12} if base else {"norm_eps": 1e-6}
+    dropout = {"dropout": 0.1, "attention_dropout": 0.1} if base else {}
+    vision, text, co = depths
+    regions = {"region_dim": 2048 if base else 64, "region_classes": 1601 if base else 65}
+    return ModelConfig(
+        preset,
+        size,
+        image_size=224 if base else compact(size)[1],
+        embed_dim=0,
+        vision=VisionConfig(
+            **shape | {"depth": vision, "front": "regions"} | norm | dropout | regions | image
+        ),
+        text=TextConfig(
+            **shape | {"depth": text} | norm | dropout,
+            vocab_size=30522 if base else 4096,
+            context_length=512 if base else 77,
+            pool="first",
+            embed_norm=True,
+            token_types=2,
+        ),
+        fusion=FusionConfig(**shape | {"depth": co, "kind": "co"} | norm | dropout | fusion),
+        mlm_head=True,
+        region_heads=True,
+    )
+
+
+def vilbert(size: str) -> ModelConfig:
+    """ViLBERT; base is BERT-base beside an image stream of six layers of width 1024, six layers of
+    co-attention between text layers 6 to 11 and image layers 0 to 5.
+
+    As a stack: a layer of `fusion` is one of co-attention and the next of each stream. So the image
+    stream has no layer of its own before the first co-attention.
+
+    Source: Lu et al. 2019, arXiv:1908.02265; facebookresearch/vilbert-multi-task
+    config/bert_base_6layer_6conect.json.
+    """
+    image = {"region_kind": "vilbert", "mlp_ratio": 1.0}
+    image |= {"dim": 1024, "heads": 8} if size == "base" else {}
+    _, text, co = (0, 6, 6) if size == "base" else compact(size)[3]
+    return _two_streams(
+        "vilbert",
+        size,
+        (0, text, co),
+        image=image,
+        fusion={"co_mlp": True, "pair_pooler": True},
+    )
+
+
+def lxmert(size: str) -> ModelConfig:
+    """LXMERT; base is 9 layers of text, 5 of regions and 5 of both, whose co-attention shares its
+    weights: 207.94 M parameters without heads. Its heads for attributes (0.31 M) and answers
+    (15.78 M) are not here: nothing in a batch has their labels.
+
+    Source: Tan & Bansal 2019, arXiv:1908.07490; airsplay/lxmert src/lxrt/modeling.py.
+    """
+    _, text, co = (5, 9, 5) if size == "base" else compact(size)[3]
+    return _two_streams(
+        "lxmert",
+        size,
+        (co, text, co),
+        image={"region_kind": "lxmert"},
+        fusion={"tied": True, "pooler": True},
+    )
