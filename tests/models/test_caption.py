@@ -24,7 +24,7 @@ def small(preset: str) -> VLPModel:
     return create_model(preset, "tiny", vocab_size=50, context_length=12, image_size=16).eval()
 
 
-WRITERS = ("coca",)
+WRITERS = ("coca", "blip")
 
 
 @pytest.fixture(params=WRITERS)
@@ -114,5 +114,7 @@ def test_ragged_append_and_but_last_are_inverse():
 def test_a_decoder_must_not_see_later_words():
     with pytest.raises(ValueError, match=r"fusion\.causal needs .* text\.causal True"):
         create_model("coca", "tiny", text=preset_config("albef", "tiny").text)
-    with pytest.raises(ValueError, match="'albef' has no text decoder; presets that have: 'coca'"):
+    with pytest.raises(
+        ValueError, match="'albef' has no text decoder; presets that have: 'blip', 'coca'"
+    ):
         small("albef").lm_head_inputs(torch.zeros(1, 192))

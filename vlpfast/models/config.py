@@ -5,7 +5,7 @@ Plain data; `presets.py` fills it in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -114,6 +114,9 @@ class TextConfig(StackConfig):
             reads the others before the last norm (CoCa).
         embed_norm: LayerNorm after the embeddings (BERT).
         token_types: rows of the token-type table; text uses row 0 (BERT has 2, CLIP none).
+        task_tokens: the last so many rows of the token table are no tokens of the tokenizer: of
+            two, the first stands at the start of a text that is decoded, the second of one that
+            reads an image (BLIP's [DEC] and [ENC]).
     """
 
     kind: Literal["transformer", "gru"] = "transformer"
@@ -124,6 +127,12 @@ class TextConfig(StackConfig):
     pool: Literal["first", "last", "appended"] = "last"
     embed_norm: bool = False
     token_types: int = 0
+    task_tokens: int = 0
+
+    @property
+    def task_ids(self) -> tuple[int, ...]:
+        """Ids of the task tokens."""
+        return tuple(range(self.vocab_size - self.task_tokens, self.vocab_size))
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,8 @@ class FusionConfig(StackConfig):
         pooler: the matching head reads tanh(linear(first token)) (BERT).
         causal: each text token sees itself and earlier ones only, and the image: fusion then
             decodes and has no matching head ("cross" only; CoCa).
+        shares_text: the blocks are the text tower's own with cross-attention added, and read
+            embedded tokens from a task token on (BLIP).
         key_norm: a LayerNorm for each layer before images' keys and values (open_clip's CoCa).
         mlp_between: an MLP before cross-attention too (open_clip's CoCa).
     """
@@ -145,6 +156,7 @@ class FusionConfig(StackConfig):
     modality_types: bool = False
     pooler: bool = False
     causal: bool = False
+    shares_text: bool = False
     key_norm: bool = False
     mlp_between: bool = False
 
@@ -171,7 +183,10 @@ class ModelConfig:
         vision, text, fusion: the stacks; `fusion.depth` 0 is a dual-tower model.
         mlm_head: whether the model predicts tokens (BERT's transform with the token table tied).
         lm_head: what predicts the next token of a text that is decoded: "linear" is a vocabulary
-            weight of its own (CoCa); "none": the model writes no text.
+            weight of its own (CoCa), "tied" BERT's transform with the token table (BLIP); "none":
+            the model writes no text.
+        decoder: a causal decoder beside fusion, which is fusion but for self-attention of its own
+            (BLIP).
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
     """
@@ -184,7 +199,8 @@ class ModelConfig:
     text: TextConfig
     fusion: FusionConfig = field(default_factory=lambda: FusionConfig(dim=0, depth=0, heads=1))
     mlm_head: bool = False
-    lm_head: Literal["none", "linear"] = "none"
+    lm_head: Literal["none", "linear", "tied"] = "none"
+    decoder: bool = False
     region_heads: bool = False
     projection_bias: bool = False
     image_projection: bool = True
@@ -224,10 +240,12 @@ class ModelConfig:
                 "fusion.causal needs fusion.kind 'cross' and text.causal True: what decodes must "
                 f"not see later words, got {self.fusion.kind!r} and {self.text.causal}"
             )
-        if (self.lm_head != "none") != self.fusion.causal:
+        if (self.lm_head != "none") != (self.fusion.causal or self.decoder):
             raise ValueError(
-                f"lm_head goes with fusion.causal, got {self.lm_head!r} and {self.fusion.causal}"
+                "lm_head goes with fusion.causal or decoder, got "
+                f"{self.lm_head!r}, {self.fusion.causal} and {self.decoder}"
             )
+        self._check_sharing()
         if self.region_heads and self.vision.front != "regions":
             raise ValueError(
                 f"region_heads needs vision.front 'regions', got {self.vision.front!r}"
@@ -241,6 +259,23 @@ class ModelConfig:
                 )
         self._check_vision()
         self._check_text()
+
+    def _check_sharing(self) -> None:
+        text, fusion = self.text, self.fusion
+        if self.decoder and not fusion.shares_text:
+            raise ValueError("decoder needs fusion.shares_text True, got False")
+        if not fusion.shares_text:
+            return
+        if fusion.kind != "cross" or fusion.causal or text.causal or text.task_tokens != 2:
+            raise ValueError(
+                "fusion.shares_text needs fusion.kind 'cross', nothing causal and text.task_tokens "
+                f"2, got {fusion.kind!r}, {fusion.causal}, {text.causal} and {text.task_tokens}"
+            )
+        odd = [
+            f.name for f in fields(StackConfig) if getattr(text, f.name) != getattr(fusion, f.name)
+        ]
+        if odd:
+            raise ValueError(f"fusion.shares_text: fusion and text differ in {odd}")
 
     def _check_vision(self) -> None:
         vision = self.vision

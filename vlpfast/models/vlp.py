@@ -26,6 +26,8 @@ from vlpfast.models.towers import (
     TextTower,
     VisionTower,
     init_tower,
+    share_text,
+    tied_decoder,
 )
 from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
@@ -70,15 +72,20 @@ class VLPModel(nn.Module):
         self.vision = (CnnTower if vision.front == "cnn" else VisionTower)(vision, config)
         self.text = (GruTower if text.kind == "gru" else TextTower)(text)
         self.fusion = _fusion_tower(fusion, vision.dim)
+        self.decoder = None
+        if fusion.shares_text:
+            share_text(self.fusion, self.text)
+            if config.decoder:
+                self.decoder = tied_decoder(self.fusion, fusion, vision.dim)
         self.image_projection = _projection(config, vision.dim, config.image_projection)
         self.text_projection = _projection(config, text.dim, config.text_projection)
         self.pooler = nn.Linear(fusion.dim, fusion.dim) if fusion.pooler else None
         self.match_head = nn.Linear(fusion.dim, 2) if fusion.depth and not fusion.causal else None
-        self.lm_head = (
-            nn.Linear(fusion.dim, text.vocab_size, bias=False)
-            if config.lm_head == "linear"
-            else None
-        )
+        self.lm_head = None
+        if config.lm_head == "linear":
+            self.lm_head = nn.Linear(fusion.dim, text.vocab_size, bias=False)
+        elif config.lm_head == "tied":
+            self.lm_head = TokenHead(text.dim, text.vocab_size, text.norm_eps)
         self.token_head = (
             TokenHead(text.dim, text.vocab_size, text.norm_eps) if config.mlm_head else None
         )
@@ -108,8 +115,9 @@ class VLPModel(nn.Module):
                 tower.init_weights()
             else:
                 init_tower(tower, stack)
-        if self.fusion is not None:
-            init_tower(self.fusion, self.config.fusion)
+        for tower in (self.fusion, self.decoder):
+            if tower is not None:
+                init_tower(tower, self.config.fusion)
         for projection in (self.image_projection, self.text_projection):
             if isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
@@ -192,6 +200,9 @@ class VLPModel(nn.Module):
         if self.config.text.pool == "appended":
             embedding = _unit(self.text_projection(tokens.values[tokens.last()]))
             return TextOutput(tokens.without_last(), embedding)
+        if self.config.fusion.shares_text:
+            embedding = _unit(self.text_projection(tokens.values[text.first()]))
+            return TextOutput(self._embedded(text, self.config.text.task_ids[1]), embedding)
         pooled = tokens.values[text.first() if self.config.text.pool == "first" else text.last()]
         return TextOutput(tokens, _unit(self.text_projection(pooled)))
 
@@ -234,11 +245,16 @@ class VLPModel(nn.Module):
             text: packed token ids of R texts, or with a `cache` what follows the tokens in it.
             keys: `image_keys` of the images.
             kv_index (R,): int64, the image each text reads.
-            tokens: `encode_text(text).tokens` where it has run already.
+            tokens: `encode_text(text).tokens` where it has run already and is what the decoder
+                reads (CoCa).
             cache: keys of the tokens so far, of R texts; the caller advances it.
             seed: keys dropout in training.
         """
         self._need(self.lm_head, "a text decoder")
+        if self.decoder is not None:
+            start = 0 if cache is None else cache.length
+            tokens = self._embedded(text, self.config.text.task_ids[0], start)
+            return self.decoder(tokens, keys, kv_index, seed, cache).text
         if cache is not None:
             tokens = self.text(text, seed, cache)
         elif tokens is None:
@@ -250,6 +266,8 @@ class VLPModel(nn.Module):
         weight (V, D), bias (V,) or None.
         """
         self._need(self.lm_head, "a text decoder")
+        if isinstance(self.lm_head, TokenHead):
+            return self.lm_head(hidden), self.text.embedding.token, self.lm_head.bias
         return hidden, self.lm_head.weight, None
 
     def next_token_logits(self, hidden: Tensor) -> Tensor:
@@ -264,7 +282,8 @@ class VLPModel(nn.Module):
 
         Example: `model.generate(images, start_id=1, end_id=2, max_tokens=32, num_beams=3).text`.
         """
-        search = SearchOptions(start_id, end_id, max_tokens, **options)
+        banned = (*options.pop("banned", ()), *self.config.text.task_ids)
+        search = SearchOptions(start_id, end_id, max_tokens, banned=banned, **options)
         self._need(self.lm_head, "a text decoder")
         if max_tokens > self.config.text.context_length:
             raise ValueError(
@@ -310,6 +329,14 @@ class VLPModel(nn.Module):
         """
         self._need(self.token_head, "a token head")
         return self.token_head(hidden), self.text.embedding.token, self.token_head.bias
+
+    def _embedded(self, text: Ragged, task_id: int, start: int = 0) -> Ragged:
+        """Embedded tokens of `text`, whose sequences go on at position `start`; at position 0
+        stands the task token.
+        """
+        if start == 0:
+            text = text.with_values(text.values.index_fill(0, text.first(), task_id))
+        return text.with_values(self.text.embedding(text, start))
 
     def _need(self, part: nn.Module | Tensor | None, what: str) -> None:
         if part is None:

@@ -10,12 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vlpfast.config import close_match
-from vlpfast.recipes import albef, align, clip, coca, flip, pixel_bert, siglip, uniter, vilt, vsepp
+from vlpfast.recipes import (
+    albef,
+    align,
+    blip,
+    clip,
+    coca,
+    flip,
+    pixel_bert,
+    siglip,
+    uniter,
+    vilt,
+    vsepp,
+)
 from vlpfast.train.config import RunConfig
 
 _RECIPES: dict[str, Callable[[], RunConfig]] = {
     f"{module.__name__.rpartition('.')[2]}_{variant}": recipe
-    for module in (albef, align, clip, coca, flip, pixel_bert, siglip, uniter, vilt, vsepp)
+    for module in (albef, align, blip, clip, coca, flip, pixel_bert, siglip, uniter, vilt, vsepp)
     for variant, recipe in module.RECIPES.items()
 }
 

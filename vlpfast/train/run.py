@@ -108,7 +108,7 @@ def open_tokenizer(config: RunConfig, index: Index, resume: str | None) -> Token
 
 
 def fit_parts(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """The config with the model's vocabulary set to the tokenizer's.
+    """The config with the model's vocabulary set to the tokenizer's and the model's task tokens.
 
     Raises:
         ValueError: captions may be longer than the model's context, or MLM lacks a mask token.
@@ -121,7 +121,7 @@ def fit_parts(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
         )
     if config.objectives.mlm and tokenizer.mask_id is None:
         raise ValueError("objectives.mlm needs a tokenizer with a mask token; 'clip' has none")
-    text = replace(text, vocab_size=tokenizer.vocab_size)
+    text = replace(text, vocab_size=tokenizer.vocab_size + text.task_tokens)
     return replace(config, model=replace(config.model, text=text))
 
 

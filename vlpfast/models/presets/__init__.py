@@ -15,6 +15,7 @@ from vlpfast.models.presets import caption, concat, cross, dual
 _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "albef": cross.albef,
     "align": dual.align,
+    "blip": caption.blip,
     "clip": dual.clip,
     "coca": caption.coca,
     "flip": dual.flip,
