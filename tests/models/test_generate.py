@@ -58,6 +58,16 @@ def test_kept_keys_are_keys_computed_again(writer, num_beams):
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_each_step_reads_one_token_of_each_beam_and_one_copy_of_the_keys(writer):
+    seen, tower = [], writer.decoder or writer.fusion
+    tower.register_forward_pre_hook(
+        lambda _, args: seen.append((len(args[0].values), args[1].kv.shape[0], args[2].tolist()))
+    )
+    search(writer, num_beams=4)
+    assert seen[0] == (12, 3, [0] * 4 + [1] * 4 + [2] * 4)
+    assert set(map(str, seen)) == {str(seen[0])}
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_batch_of_images_is_each_alone(writer, num_beams):
     together, _ = search(writer, num_beams=num_beams)
