@@ -1,5 +1,7 @@
 """Models that write: what a state has seen, what text and image share, published sizes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def small(preset: str) -> VLPModel:
     return create_model(preset, "tiny", vocab_size=50, context_length=12, image_size=16).eval()
 
 
-WRITERS = ("coca",)
+WRITERS = ("coca", "blip")
 
 
 @pytest.fixture(params=WRITERS)
@@ -99,6 +101,76 @@ def test_cocas_embedding_pools_what_the_decoder_reads():
     torch.testing.assert_close(out.embedding, expected)
 
 
+def test_blip_base_has_the_published_size():
+    """transformers' ITM model at 384 px; the decoder owns self-attention and a head beside it."""
+    with torch.device("meta"):
+        model = VLPModel(preset_config("blip", "base", image_size=384))
+    own = count(*(part for b in model.decoder.blocks for part in (b.attention, b.norm1)))
+    assert count(model) - own - count(model.lm_head) == pytest.approx(223.74, abs=0.01)
+    # Of 12 layers, 4 projections of 768 and a norm.
+    assert own == pytest.approx(12 * (4 * (768 * 768 + 768) + 2 * 768) / 1e6)
+
+
+def test_blip_is_one_network_three_times():
+    """The decoder has its own self-attention, with its norm, and nothing else."""
+    model = small("blip")
+    for text, fusion, decoder in zip(
+        model.text.blocks, model.fusion.blocks, model.decoder.blocks, strict=True
+    ):
+        for name in ("attention", "norm1", "mlp", "norm2"):
+            assert getattr(fusion, name) is getattr(text, name)
+        for name in ("cross", "norm_cross", "mlp", "norm2"):
+            assert getattr(decoder, name) is getattr(fusion, name)
+        for name in ("attention", "norm1"):
+            ours = {p.data_ptr() for p in getattr(decoder, name).parameters()}
+            assert not ours & {p.data_ptr() for p in getattr(text, name).parameters()}
+    assert model.decoder.image_kv is model.fusion.image_kv
+    assert model.lm_head_inputs(torch.zeros(1, 192))[1] is model.text.embedding.token
+    own = {n for n, _ in model.named_parameters() if n.startswith("decoder.")}
+    assert {name.split(".")[3] for name in own} == {"attention", "norm1"}
+
+
+@torch.no_grad()
+def test_blip_texts_start_with_the_token_of_their_task():
+    """The two last rows of the table: neither matching nor decoding reads the first token given."""
+    model, text = small("blip"), Ragged.from_lists(TEXTS)
+    assert model.config.text.task_ids == (48, 49)
+    other = text.with_values(text.values.index_fill(0, text.first(), 7))
+    keys, own = model.image_keys(model.encode_image(images()).tokens), torch.arange(3)
+    results = {}
+    for name, given in (("given", text), ("other", other)):
+        out = model.encode_text(given)
+        match = model.match(model.fuse(out.tokens, keys, own))
+        results[name] = (match, model.decode(given, keys, own).values, out.embedding)
+    for index, equal in enumerate((True, True, False)):
+        assert torch.equal(results["given"][index], results["other"][index]) == equal
+    before = results["given"]
+    for row, changed in ((48, 1), (49, 0)):
+        fresh = small("blip")
+        torch.nn.init.normal_(fresh.text.embedding.token[row])
+        match = fresh.match(fresh.fuse(fresh.encode_text(text).tokens, keys, own))
+        now = (match, fresh.decode(text, keys, own).values)
+        assert not torch.equal(now[changed], before[changed])
+        assert torch.equal(now[1 - changed], before[1 - changed])
+
+
+@torch.no_grad()
+def test_blip_embeds_texts_alone():
+    model, text = small("blip"), Ragged.from_lists(TEXTS)
+    before = model.encode_text(text).embedding
+    torch.nn.init.normal_(model.fusion.image_kv.weight)
+    torch.testing.assert_close(model.encode_text(text).embedding, before, rtol=0, atol=0)
+
+
+def test_what_shares_a_network_has_one_shape():
+    with pytest.raises(ValueError, match=r"shares_text: fusion and text differ in \['depth'"):
+        create_model("blip", fusion=replace(preset_config("blip").fusion, depth=3))
+    with pytest.raises(ValueError, match=r"decoder needs fusion\.shares_text True"):
+        create_model("albef", decoder=True, lm_head="tied")
+    with pytest.raises(ValueError, match=r"lm_head goes with fusion\.causal or decoder"):
+        create_model("albef", lm_head="linear")
+
+
 def test_ragged_append_and_but_last_are_inverse():
     text = Ragged.from_lists([[1, 2, 3], [4], [5, 6]])
     grown = text.append(torch.tensor([7, 8, 9]))
@@ -114,5 +186,7 @@ def test_ragged_append_and_but_last_are_inverse():
 def test_a_decoder_must_not_see_later_words():
     with pytest.raises(ValueError, match=r"fusion\.causal needs .* text\.causal True"):
         create_model("coca", "tiny", text=preset_config("albef", "tiny").text)
-    with pytest.raises(ValueError, match="'albef' has no text decoder; presets that have: 'coca'"):
+    with pytest.raises(
+        ValueError, match="'albef' has no text decoder; presets that have: 'blip', 'coca'"
+    ):
         small("albef").lm_head_inputs(torch.zeros(1, 192))

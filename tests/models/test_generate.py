@@ -33,7 +33,9 @@ def log_p(model: VLPModel, image: int, text: list[int]) -> torch.Tensor:
     """(len, V) of what follows each token."""
     keys = model.image_keys(model.encode_image(images()[image : image + 1]).tokens)
     states = model.decode(Ragged.from_lists([text]), keys, torch.tensor([0]))
-    return model.next_token_logits(states.values).log_softmax(-1)
+    rows = model.next_token_logits(states.values).log_softmax(-1)
+    rows[:, list(model.config.text.task_ids)] = -torch.inf
+    return rows
 
 
 @torch.no_grad()
@@ -54,6 +56,16 @@ def test_kept_keys_are_keys_computed_again(writer, num_beams):
     again, expected = search(writer, num_beams=num_beams, cached=False)
     assert kept == again
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_step_reads_one_token_of_each_beam_and_one_copy_of_the_keys(writer):
+    seen, tower = [], writer.decoder or writer.fusion
+    tower.register_forward_pre_hook(
+        lambda _, args: seen.append((len(args[0].values), args[1].kv.shape[0], args[2].tolist()))
+    )
+    search(writer, num_beams=4)
+    assert seen[0] == (12, 3, [0] * 4 + [1] * 4 + [2] * 4)
+    assert set(map(str, seen)) == {str(seen[0])}
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -106,7 +118,9 @@ def beam_loop(model: VLPModel, image: int, num_beams: int, max_tokens: int, pena
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_beams_are_those_of_a_plain_loop(writer, penalty):
     """Ended texts leave the beams early here: the end token is made likely."""
-    if writer.lm_head is not None:
+    if writer.config.lm_head == "tied":
+        writer.lm_head.bias[END] += 3
+    else:
         writer.lm_head.weight[END] *= 2
     found, scores = search(writer, num_beams=3, max_tokens=7, length_penalty=penalty)
     for number in range(3):

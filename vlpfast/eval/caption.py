@@ -1,4 +1,4 @@
-"""Captions that a model writes: how many are right to the letter, with the true or any image."""
+"""Captions that a model writes: right to the letter or not, with the true and another image."""
 
 from __future__ import annotations
 

@@ -329,6 +329,75 @@ def _transformers_lxmert(config: ModelConfig) -> Layout:
     return Layout("transformers LxmertForPreTraining", tuple(rules), unused)
 
 
+_CROSS_BLOCK = {
+    "cross.q.{k}": "crossattention.self.query.{k}",
+    "cross.out.{k}": "crossattention.output.dense.{k}",
+    "norm_cross.{k}": "crossattention.output.LayerNorm.{k}",
+}
+_BLIP_VISION_BLOCK = {
+    "attention.qkv.{k}": "self_attn.qkv.{k}",
+    "attention.out.{k}": "self_attn.projection.{k}",
+    "norm1.{k}": "layer_norm1.{k}",
+    "norm2.{k}": "layer_norm2.{k}",
+    "mlp.fc1.{k}": "mlp.fc1.{k}",
+    "mlp.fc2.{k}": "mlp.fc2.{k}",
+}
+_OF_ATTENTION = ("attention.qkv.{k}", "attention.out.{k}", "norm1.{k}")
+
+
+def _blip_text(config: ModelConfig, there: str, decoder: bool) -> list[Rule]:
+    """Encoder or decoder under `there`; what they tie is one tensor here."""
+    names = {
+        "text.embedding.token": "embeddings.word_embeddings.weight",
+        "text.embedding.position": "embeddings.position_embeddings.weight",
+        "text.embedding.norm.{k}": "embeddings.LayerNorm.{k}",
+    }
+    rules, depth = _rules(names, there=there), config.text.depth
+    for n in range(depth):
+        layer = f"{there}encoder.layer.{n}."
+        for ours, theirs in _BERT_BLOCK.items():
+            tower = "decoder" if decoder and ours in _OF_ATTENTION else "text"
+            rules += _rules({ours: theirs}, f"{tower}.blocks.{n}.", layer)
+        rules += _rules(_CROSS_BLOCK, f"fusion.blocks.{n}.", layer)
+        keys = "crossattention.self.key.{k} crossattention.self.value.{k}"
+        rules += _rules({f"fusion.image_kv.{{k}}#{n}/{depth}": keys}, there=layer)
+    return rules
+
+
+def _transformers_blip(config: ModelConfig) -> Layout:
+    """`BlipForImageTextRetrieval`, and where there is a decoder `BlipForConditionalGeneration` with
+    it in one state dict.
+    """
+    names = {
+        "image_projection.{k}": "vision_proj.{k}",
+        "text_projection.{k}": "text_proj.{k}",
+        "match_head.{k}": "itm_head.{k}",
+        "vision.embedding.{k}": "vision_model.embeddings.patch_embedding.{k}",
+        "vision.norm.{k}": "vision_model.post_layernorm.{k}",
+    }
+    here, there = "vision.embedding.", "vision_model.embeddings."
+    rules = [
+        *_rules(names),
+        *_rules({"class_token": "class_embedding"}, here, there, lead=2),
+        *_rules({"position": "position_embedding"}, here, there, lead=1),
+        *_stack(_BLIP_VISION_BLOCK, "vision", "vision_model.encoder.layers", config.vision.depth),
+        *_blip_text(config, "text_encoder.", False),
+    ]
+    name = "transformers BlipForImageTextRetrieval"
+    if config.decoder:
+        name += " with BlipForConditionalGeneration"
+        head = {
+            "lm_head.dense.{k}": "transform.dense.{k}",
+            "lm_head.norm.{k}": "transform.LayerNorm.{k}",
+            "text.embedding.token": "decoder.weight",
+        }
+        rules += _blip_text(config, "text_decoder.bert.", True)
+        rules += _rules(head, there="text_decoder.cls.predictions.")
+        for bias in ("bias", "decoder.bias"):
+            rules += _rules({"lm_head.bias": f"text_decoder.cls.predictions.{bias}"})
+    return Layout(name, tuple(rules), (_POSITION_IDS,), lacks=("scale",))
+
+
 def _open_clip_text(config: ModelConfig, prefix: str) -> list[Rule]:
     names = {
         "text.embedding.token": "token_embedding.weight",
@@ -450,6 +519,7 @@ LAYOUTS: dict[str, dict[str, Callable[[ModelConfig], Layout]]] = {
     "transformers": {
         "align": _transformers_align,
         "beit2": _transformers_beit,
+        "blip": _transformers_blip,
         "clip": lambda config: transformers_clip(config.vision.depth, config.text.depth),
         "lxmert": _transformers_lxmert,
         "siglip": _transformers_siglip,

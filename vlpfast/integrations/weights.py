@@ -78,11 +78,13 @@ class Layout:
         name: of library and class.
         rules: one for each group of tensors.
         unused: (pattern of names, reason) of tensors that have no place here.
+        lacks: our tensors that the other library has not; importing leaves them as they are.
     """
 
     name: str
     rules: tuple[Rule, ...]
     unused: tuple[tuple[str, str], ...] = ()
+    lacks: tuple[str, ...] = ()
 
     def reason(self, name: str) -> str | None:
         """Why the tensor `name` is not taken, or None where nothing says so."""
@@ -129,13 +131,17 @@ def convert(layout: Layout, source: Mapping[str, Tensor]) -> tuple[dict[str, Ten
             f"source is not a state dict of {layout.name} of this configuration: "
             + _lists(("missing", missing), ("without a place here", foreign))
         )
-    state, used = {}, []
+    state: dict[str, Tensor] = {}
+    used = []
     for rule in layout.rules:
         for name, tensor in rule.import_(source).items():
+            if name in state and not torch.equal(state[name], tensor):
+                raise ValueError(f"{rule.theirs} differ from what else is the one tensor {name}")
             state[name] = tensor
             used.append((name, " + ".join(rule.theirs), tuple(tensor.shape)))
     state = _whole(state)
     unused = [(name, layout.reason(name)) for name in sorted(source.keys() - wanted)]
+    unused += [(name, "of ours, left as it was") for name in layout.lacks]
     return state, LoadReport(layout.name, tuple(used), tuple(unused))
 
 
@@ -166,7 +172,8 @@ def import_weights(
     ]
     if wrong:
         raise ValueError(f"weights of {report.layout} do not fit: {_lists(('shapes', wrong))}")
-    model.load_state_dict(state)
+    # Every tensor is in it once (`_layout`), tied ones under one of their names.
+    model.load_state_dict(state, strict=False)
     return report
 
 
@@ -205,8 +212,10 @@ def _layout(model: VLPModel, library: str) -> Layout:
             f"{library} has no model of preset {config.preset!r}; it has {sorted(LAYOUTS[library])}"
         )
     layout = LAYOUTS[library][config.preset](config)
-    own = model.state_dict().keys()
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys()
+    own = model.state_dict().keys() - (tied - dict(model.named_parameters()).keys())
     placed = {name.partition("#")[0] for rule in layout.rules for name in rule.ours}
+    placed |= set(layout.lacks)
     if own != placed:
         raise ValueError(
             f"{layout.name} is not built as this model: "

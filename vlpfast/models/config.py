@@ -5,7 +5,7 @@ Plain data; `presets.py` fills it in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -137,6 +137,9 @@ class TextConfig(StackConfig):
         embed_norm: LayerNorm after the embeddings (BERT).
         token_types: rows of the token-type table; text uses row 0 (BERT has 2, CLIP none).
         position: "learned", or "none", where the stack has a relative bias.
+        task_tokens: the last so many rows of the token table are no tokens of the tokenizer: of
+            two, the first stands at the start of a text that is decoded, the second of one that
+            reads an image (BLIP's [DEC] and [ENC]).
     """
 
     kind: Literal["transformer", "gru", "none"] = "transformer"
@@ -148,6 +151,12 @@ class TextConfig(StackConfig):
     embed_norm: bool = False
     token_types: int = 0
     position: Literal["learned", "none"] = "learned"
+    task_tokens: int = 0
+
+    @property
+    def task_ids(self) -> tuple[int, ...]:
+        """Ids of the task tokens."""
+        return tuple(range(self.vocab_size - self.task_tokens, self.vocab_size))
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,8 @@ class FusionConfig(StackConfig):
         key_bias: whether the projection of keys has a bias, which no softmax sees.
         causal: each text token sees itself and earlier ones only, and the image: fusion then
             decodes and has no matching head ("cross" only; CoCa).
+        shares_text: the blocks are the text tower's own with cross-attention added, and read
+            embedded tokens from a task token on (BLIP).
         key_norm: a LayerNorm for each layer before images' keys and values (open_clip's CoCa).
         mlp_between: an MLP before cross-attention too (open_clip's CoCa).
         moe_experts: of every second block from the first, experts in MLP and self-attention, of
@@ -192,6 +203,7 @@ class FusionConfig(StackConfig):
     relative_bias: bool = False
     key_bias: bool = True
     causal: bool = False
+    shares_text: bool = False
     key_norm: bool = False
     mlp_between: bool = False
     moe_experts: int = 0
@@ -250,7 +262,10 @@ class ModelConfig:
             have experts for both modalities (VLMo).
         match_head: whether a model with fusion tells pairs that match from others.
         lm_head: what predicts the next token of a text that is decoded: "linear" is a vocabulary
-            weight of its own (CoCa); "none": the model writes no text.
+            weight of its own (CoCa), "tied" BERT's transform with the token table (BLIP); "none":
+            the model writes no text.
+        decoder: a causal decoder beside fusion, which is fusion but for self-attention of its own
+            (BLIP).
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
         codes: of how many codes it predicts those of hidden patches (BEiT), 0: of none; training
             sets it to the tokenizer's.
@@ -270,7 +285,8 @@ class ModelConfig:
     mlm_tied: bool = True
     joint_embedding: bool = False
     match_head: bool = True
-    lm_head: Literal["none", "linear"] = "none"
+    lm_head: Literal["none", "linear", "tied"] = "none"
+    decoder: bool = False
     region_heads: bool = False
     codes: int = 0
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
@@ -314,10 +330,12 @@ class ModelConfig:
                 "fusion.causal needs fusion.kind 'cross' and text.causal True: what decodes must "
                 f"not see later words, got {self.fusion.kind!r} and {self.text.causal}"
             )
-        if (self.lm_head != "none") != self.fusion.causal:
+        if (self.lm_head != "none") != (self.fusion.causal or self.decoder):
             raise ValueError(
-                f"lm_head goes with fusion.causal, got {self.lm_head!r} and {self.fusion.causal}"
+                "lm_head goes with fusion.causal or decoder, got "
+                f"{self.lm_head!r}, {self.fusion.causal} and {self.decoder}"
             )
+        self._check_sharing()
         if self.region_heads and self.vision.front != "regions":
             raise ValueError(
                 f"region_heads needs vision.front 'regions', got {self.vision.front!r}"
@@ -379,6 +397,23 @@ class ModelConfig:
                 f"vision.dim must be fusion.dim {fusion.dim} where fusion.tied shares weights, "
                 f"got {vision.dim}"
             )
+
+    def _check_sharing(self) -> None:
+        text, fusion = self.text, self.fusion
+        if self.decoder and not fusion.shares_text:
+            raise ValueError("decoder needs fusion.shares_text True, got False")
+        if not fusion.shares_text:
+            return
+        if fusion.kind != "cross" or fusion.causal or text.causal or text.task_tokens != 2:
+            raise ValueError(
+                "fusion.shares_text needs fusion.kind 'cross', nothing causal and text.task_tokens "
+                f"2, got {fusion.kind!r}, {fusion.causal}, {text.causal} and {text.task_tokens}"
+            )
+        odd = [
+            f.name for f in fields(StackConfig) if getattr(text, f.name) != getattr(fusion, f.name)
+        ]
+        if odd:
+            raise ValueError(f"fusion.shares_text: fusion and text differ in {odd}")
 
     def _check_vision(self) -> None:
         vision = self.vision

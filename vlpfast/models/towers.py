@@ -386,6 +386,40 @@ class ConcatTower(nn.Module):
         return layout
 
 
+# What a causal decoder has of its own: BERT's attention with the norm that belongs to it.
+_OF_SELF_ATTENTION = ("attention", "norm1")
+_OF_TEXT = (*_OF_SELF_ATTENTION, "mlp", "norm2")
+_OF_IMAGES = ("cross", "norm_cross")
+
+
+def share_text(fusion: FusionTower, text: TextTower) -> None:
+    """Makes the text tower and `fusion` one network: the same modules, but for cross-attention.
+
+    Source: Li et al. 2022 (BLIP), section 3.1, arXiv:2201.12086; salesforce/BLIP models/med.py.
+    """
+    fusion.norm = text.norm
+    for own, other in zip(fusion.blocks, text.blocks, strict=True):
+        _tie(own, other, _OF_TEXT)
+
+
+def tied_decoder(fusion: FusionTower, config: FusionConfig, image_dim: int) -> FusionTower:
+    """A causal decoder that is `fusion` but for its self-attention; images' keys serve both.
+
+    Source: salesforce/BLIP models/blip_pretrain.py, `tie_encoder_decoder_weights`, which passes
+    over what is under "/attention": the projections and the norm after them.
+    """
+    decoder = FusionTower(replace(config, causal=True), image_dim)
+    decoder.image_kv, decoder.norm = fusion.image_kv, fusion.norm
+    for own, other in zip(decoder.blocks, fusion.blocks, strict=True):
+        _tie(own, other, (*_OF_IMAGES, "mlp", "norm2"))
+    return decoder
+
+
+def _tie(block: Block, other: Block, parts: tuple[str, ...]) -> None:
+    for part in parts:
+        setattr(block, part, getattr(other, part))
+
+
 @torch.no_grad()
 def init_tower(tower: nn.Module, config: StackConfig) -> None:
     """Initial weights: pre-norm stacks by width and depth as CLIP, post-norm stacks N(0, 0.02) as

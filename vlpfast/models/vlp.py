@@ -31,6 +31,8 @@ from vlpfast.models.towers import (
     TextTower,
     VisionTower,
     init_tower,
+    share_text,
+    tied_decoder,
 )
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
@@ -52,7 +54,13 @@ class TokenHead(nn.Module):
     """
 
     def __init__(
-        self, dim: int, vocab_size: int, norm_eps: float, *, transform: bool, tied: bool
+        self,
+        dim: int,
+        vocab_size: int,
+        norm_eps: float,
+        *,
+        transform: bool = True,
+        tied: bool = True,
     ) -> None:
         super().__init__()
         self.dense = nn.Linear(dim, dim) if transform else None
@@ -89,17 +97,22 @@ class VLPModel(nn.Module):
         self.vision = (CnnTower if vision.front == "cnn" else VisionTower)(vision, config)
         self.text = _text_tower(text)
         self.fusion = _fusion_tower(config)
+        self.decoder = None
+        if fusion.shares_text:
+            share_text(self.fusion, self.text)
+            if config.decoder:
+                self.decoder = tied_decoder(self.fusion, fusion, vision.dim)
         self.image_projection = _projection(config, vision.dim, config.image_projection)
         self.text_projection = _projection(config, text.dim, config.text_projection)
         self.joint_heads = JointHeads(config) if config.joint_embedding else None
         self.pooler, self.image_pooler, width = _poolers(fusion, vision.dim)
         matches = fusion.depth and config.match_head
         self.match_head = nn.Linear(width, 2) if matches else None
-        self.lm_head = (
-            nn.Linear(fusion.dim, text.vocab_size, bias=False)
-            if config.lm_head == "linear"
-            else None
-        )
+        self.lm_head = None
+        if config.lm_head == "linear":
+            self.lm_head = nn.Linear(fusion.dim, text.vocab_size, bias=False)
+        elif config.lm_head == "tied":
+            self.lm_head = TokenHead(text.dim, text.vocab_size, text.norm_eps)
         self.token_head = (
             TokenHead(
                 text.dim,
@@ -148,8 +161,9 @@ class VLPModel(nn.Module):
                 tower.init_weights()
             elif tower is not None:
                 init_tower(tower, stack)
-        if self.fusion is not None:
-            init_tower(self.fusion, self.config.fusion)
+        for tower in (self.fusion, self.decoder):
+            if tower is not None:
+                init_tower(tower, self.config.fusion)
         for projection in (self.image_projection, self.text_projection):
             if isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
@@ -279,6 +293,10 @@ class VLPModel(nn.Module):
         """
         self._need(self.text, "a text tower")
         tokens = self.text(text, seed)
+        if self.config.fusion.shares_text:
+            wanted = num_embedded != 0
+            first = _unit(self.text_projection(tokens.values[text.first()])) if wanted else None
+            return TextOutput(self._embedded(text, self.config.text.task_ids[1]), first)
         if not self.has_joint_space or num_embedded == 0:
             return TextOutput(tokens, None)
         if self.config.text.pool == "appended":
@@ -363,11 +381,16 @@ class VLPModel(nn.Module):
             text: packed token ids of R texts, or with a `cache` what follows the tokens in it.
             keys: `image_keys` of the images.
             kv_index (R,): int64, the image each text reads.
-            tokens: `encode_text(text).tokens` where it has run already.
+            tokens: `encode_text(text).tokens` where it has run already and is what the decoder
+                reads (CoCa).
             cache: keys of the tokens so far, of R texts; the caller advances it.
             seed: keys dropout in training.
         """
         self._need(self.lm_head, "a text decoder")
+        if self.decoder is not None:
+            start = 0 if cache is None else cache.length
+            tokens = self._embedded(text, self.config.text.task_ids[0], start)
+            return self.decoder(tokens, keys, kv_index, seed, cache).text
         if cache is not None:
             tokens = self.text(text, seed, cache)
         elif tokens is None:
@@ -379,6 +402,8 @@ class VLPModel(nn.Module):
         weight (V, D), bias (V,) or None.
         """
         self._need(self.lm_head, "a text decoder")
+        if isinstance(self.lm_head, TokenHead):
+            return self.lm_head(hidden), self.text.embedding.token, self.lm_head.bias
         return hidden, self.lm_head.weight, None
 
     def next_token_logits(self, hidden: Tensor) -> Tensor:
@@ -393,7 +418,8 @@ class VLPModel(nn.Module):
 
         Example: `model.generate(images, start_id=1, end_id=2, max_tokens=32, num_beams=3).text`.
         """
-        search = SearchOptions(start_id, end_id, max_tokens, **options)
+        banned = (*options.pop("banned", ()), *self.config.text.task_ids)
+        search = SearchOptions(start_id, end_id, max_tokens, banned=banned, **options)
         self._need(self.lm_head, "a text decoder")
         if max_tokens > self.config.text.context_length:
             raise ValueError(
@@ -494,6 +520,14 @@ class VLPModel(nn.Module):
         # The first of the two is a start token, whichever it is.
         text = Ragged.from_dense(torch.stack([words.new_zeros(len(words)), words], 1))
         return self.fusion.encode_text(self.text(text), kind=Kind.WORD)
+
+    def _embedded(self, text: Ragged, task_id: int, start: int = 0) -> Ragged:
+        """Embedded tokens of `text`, whose sequences go on at position `start`; at position 0
+        stands the task token.
+        """
+        if start == 0:
+            text = text.with_values(text.values.index_fill(0, text.first(), task_id))
+        return text.with_values(self.text.embedding(text, start))
 
     def _need(self, part: nn.Module | Tensor | None, what: str) -> None:
         if part is None:

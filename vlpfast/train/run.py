@@ -144,8 +144,8 @@ def open_tokenizer(config: RunConfig, index: Index, resume: str | None) -> Token
 
 
 def fit_parts(config: RunConfig, tokenizer: Tokenizer, guide: Guide | None = None) -> RunConfig:
-    """The config with the model's vocabulary set to the tokenizer's, and its codes or the width of
-    its targets to the guide's.
+    """The config with the model's vocabulary set to the tokenizer's and the model's task tokens,
+    and its codes or the width of its targets to the guide's.
 
     Raises:
         ValueError: captions may be longer than the model's context, MLM lacks a mask token, or the
@@ -164,7 +164,7 @@ def fit_parts(config: RunConfig, tokenizer: Tokenizer, guide: Guide | None = Non
     masks = config.objectives.mlm or config.objectives.mtm
     if masks and tokenizer.mask_id is None:
         raise ValueError("objectives.mlm needs a tokenizer with a mask token; 'clip' has none")
-    text = replace(text, vocab_size=tokenizer.vocab_size)
+    text = replace(text, vocab_size=tokenizer.vocab_size + text.task_tokens)
     return replace(config, model=replace(config.model, text=text))
 
 

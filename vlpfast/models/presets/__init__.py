@@ -17,6 +17,7 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "align": dual.align,
     "beit2": codes.beit2,
     "beit3": experts.beit3,
+    "blip": caption.blip,
     "clip": dual.clip,
     "coca": caption.coca,
     "flip": dual.flip,

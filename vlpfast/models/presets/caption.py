@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlpfast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
-from vlpfast.models.presets.sizes import compact
+from vlpfast.models.presets.sizes import COMPACT, compact
 
 
 def coca(size: str) -> ModelConfig:
@@ -43,4 +43,47 @@ def coca(size: str) -> ModelConfig:
         fusion=FusionConfig(**shape, depth=fusion, causal=True, **common),
         lm_head="linear",
         match_head=False,
+    )
+
+
+def blip(size: str) -> ModelConfig:
+    """BLIP: one text network that reads text alone ([CLS] first) or with an image ([ENC] first),
+    and a decoder ([DEC] first) that is the same but for self-attention; base is ViT-B/16 under 12
+    BERT layers with cross-attention, 223.74 M parameters at 384 px without the decoder's own.
+
+    The compact sizes normalise before each branch, as `albef`'s.
+
+    Source: Li et al. 2022, arXiv:2201.12086; salesforce/BLIP models/blip_pretrain.py and med.py.
+    """
+    heads = {
+        "lm_head": "tied",
+        "decoder": True,
+        "projection_bias": True,
+        "scale": "temperature",
+        "scale_min": 2.0,
+        "scale_max": 1000.0,
+    }
+    tokens = {"pool": "first", "embed_norm": True, "task_tokens": 2}
+    if size == "base":
+        bert = {"norm": "post", "norm_eps": 1e-12, "dropout": 0.1, "attention_dropout": 0.1}
+        return ModelConfig(
+            "blip",
+            size,
+            image_size=224,
+            embed_dim=256,
+            vision=VisionConfig(768, 12, 12, patch_size=16),
+            text=TextConfig(768, 12, 12, vocab_size=30524, context_length=512, **tokens, **bert),
+            fusion=FusionConfig(768, 12, 12, shares_text=True, **bert),
+            **heads,
+        )
+    shape, image_size, patch_size, (vision, _, depth) = compact(size)
+    return ModelConfig(
+        "blip",
+        size,
+        image_size=image_size,
+        embed_dim=COMPACT[size]["embed_dim"],
+        vision=VisionConfig(**shape, depth=vision, patch_size=patch_size),
+        text=TextConfig(**shape, depth=depth, context_length=77, **tokens),
+        fusion=FusionConfig(**shape, depth=depth, shares_text=True),
+        **heads,
     )
