@@ -1,10 +1,13 @@
-"""MLM masking: rates, what is never masked, independence of the batch."""
+"""Masking of texts and patches: rates, what is never masked, independence of the batch."""
+
+import math
 
 import pytest
 import torch
 
-from vlpfast.data.masking import mask_text
+from vlpfast.data.masking import mask_patches, mask_text
 from vlpfast.data.tokenizer import Tokenizer
+from vlpfast.ops.reference.counter import draw, stream, uniform
 from vlpfast.ragged import Ragged
 
 WORDS = "circle square left right above yellow purple striped tiny enormous zxcvbnm qwertyuiop"
@@ -108,3 +111,58 @@ def test_bad_arguments_are_named(tokenizer, text):
         mask_text(text, tokenizer, probability=0.0, seed=0, positions=torch.arange(600))
     with pytest.raises(ValueError, match=r"positions must be \(600,\)"):
         mask_text(text, tokenizer, seed=0, positions=torch.arange(3))
+
+
+def masks_of(ids: torch.Tensor, side: int) -> torch.Tensor:
+    """(B, side, side) bool."""
+    mask = torch.zeros(len(ids), side * side, dtype=torch.bool)
+    return mask.scatter(1, ids, True).unflatten(1, (side, side))
+
+
+@pytest.mark.parametrize(("side", "num_hidden"), [(14, 75), (8, 24), (2, 3), (1, 1), (3, 9)])
+def test_patches_are_as_many_as_asked_for_in_blocks(side, num_hidden):
+    ids = mask_patches(num_hidden, side, seed=3, positions=torch.arange(400))
+    assert ids.shape == (400, num_hidden)
+    assert ids.min() >= 0
+    assert ids.max() < side * side
+    assert (ids.diff(dim=1) > 0).all()
+    if side < 8:
+        return
+    masks = masks_of(ids, side)
+    # Of hidden patches' right neighbours, far more are hidden than of patches hidden one by one.
+    together = (masks[:, :, :-1] & masks[:, :, 1:]).sum() / masks[:, :, :-1].sum()
+    assert together > 0.75
+    assert (masks.float().mean(0) > 0.02).all()
+    assert len(ids.unique(dim=0)) > 300
+
+
+def test_patches_by_loops():
+    """BEiT's algorithm from the same numbers: rectangle after rectangle, patch after patch."""
+    side, num_hidden, positions = 14, 75, torch.tensor([0, 7, 123456789012])
+    ids = mask_patches(num_hidden, side, seed=11, positions=positions)
+    for row, position in zip(ids.tolist(), positions, strict=True):
+        key, hidden = stream(11, position), []
+        number = lambda n, key=key: uniform(draw(key, torch.tensor((0x14 << 24) + n)))
+        for rectangle in range(24):
+            share, shape, top, left = (number(24 * i + rectangle) for i in range(4))
+            area, aspect = 16 + share * (75 - 16), ((2 * shape - 1) * math.log(1 / 0.3)).exp()
+            height = min(side, max(1, int((area * aspect).sqrt().round())))
+            width = min(side, max(1, int((area / aspect).sqrt().round())))
+            top, left = int(top * (side - height + 1)), int(left * (side - width + 1))
+            for y in range(top, top + height):
+                for x in range(left, left + width):
+                    if y * side + x not in hidden and len(hidden) < num_hidden:
+                        hidden.append(y * side + x)
+        assert sorted(hidden) == row
+
+
+def test_patches_depend_on_seed_and_place_alone():
+    positions = torch.tensor([5, 9, 5])
+    ids = mask_patches(24, 8, seed=3, positions=positions)
+    assert ids[0].equal(ids[2])
+    assert not ids[0].equal(ids[1])
+    assert ids.equal(mask_patches(24, 8, seed=3, positions=positions.numpy()))
+    assert ids[1:2].equal(mask_patches(24, 8, seed=3, positions=positions[1:2]))
+    assert not ids.equal(mask_patches(24, 8, seed=4, positions=positions))
+    with pytest.raises(ValueError, match=r"num_hidden must be in \[1, 64\], got 65"):
+        mask_patches(65, 8, seed=3, positions=positions)

@@ -40,12 +40,13 @@ def test_bias_and_its_gradient_by_loops(layers):
     out = bias()
     grad = torch.randn_like(out)
     out.backward(grad)
-    expected = torch.zeros_like(bias.table)
+    table = bias.table.unflatten(0, (layers, kinds))
+    expected = torch.zeros_like(table)
     for m in range(10):
         for n in range(10):
-            assert out[:, :, m, n].equal(bias.table[:, index[m, n]])
+            assert out[:, :, m, n].equal(table[:, index[m, n]])
             expected[:, index[m, n]] += grad[:, :, m, n]
-    torch.testing.assert_close(bias.table.grad, expected)
+    torch.testing.assert_close(bias.table.grad, expected.flatten(0, 1))
 
 
 def make_block(layer_scale: float, **options: object) -> Block:
@@ -104,7 +105,7 @@ def test_tower_reads_places_by_the_bias_alone(kind):
     model = create_model("clip", "tiny", image_size=32, vision=biased(kind).vision)
     vision, images = model.vision, torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     assert vision.embedding.position is None
-    assert vision.relative_bias.table.shape == (4 if kind == "layer" else 1, 7 * 7 + 3, 6)
+    assert vision.relative_bias.table.shape == ((4 if kind == "layer" else 1) * (7 * 7 + 3), 6)
     # Without positions, patches in another order give the tokens in that order.
     turned = images.flip(1).flip(2).unfold(1, 8, 8).unfold(2, 8, 8).flip(4).flip(5)
     turned = turned.permute(0, 1, 4, 2, 5, 3).reshape(images.shape)
@@ -124,11 +125,12 @@ def test_tower_gives_each_layer_its_bias(kind):
     model = create_model("clip", "tiny", image_size=16, vision=biased(kind).vision).eval()
     vision = model.vision
     nn.init.normal_(vision.relative_bias.table)
-    x = images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    tables = vision.relative_bias.table.unflatten(0, (-1, 3 * 3 + 3))
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
     out = vision(images)
     x, branch = vision.embed_norm(vision.embedding(images))[0], None
     for number, block in enumerate(vision.blocks):
-        table = vision.relative_bias.table[number if kind == "layer" else 0]
+        table = tables[number if kind == "layer" else 0]
         bias = table[window_displacements(2)[0]].permute(2, 0, 1)
         branch, x = block(branch, x, Layout(bias=bias), seed=fold_seed(0, number))
     torch.testing.assert_close(out, vision.norm(branch, x)[0])

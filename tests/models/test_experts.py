@@ -370,7 +370,8 @@ def biased(model, parts: dict[str, torch.Tensor], joint: bool) -> dict[str, torc
         states = norm(torch.cat(list(x.values())), block.norm1)
         q, k, v = (states @ qkv.weight.T).chunk(3, 1)
         q, k, v = ((t.unflatten(1, (heads, -1))) for t in (q + q_bias, k, v + v_bias))
-        bias = tower.relative_bias.table[number][kinds].permute(2, 0, 1)
+        table = tower.relative_bias.table.unflatten(0, (len(tower.blocks), -1))
+        bias = table[number][kinds].permute(2, 0, 1)
         scores = torch.einsum("mhe,nhe->hmn", q, k) * q.shape[-1] ** -0.5 + bias
         mixed = torch.einsum("hmn,nhe->mhe", scores.softmax(-1), v).flatten(1)
         out = block.attention.out

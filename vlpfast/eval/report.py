@@ -7,8 +7,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 # A metric under one of these prefixes is another way to score the one without it.
-VARIANTS = {"": "itc", "itm_": "itm", "shuffled_": "shuffled image"}
-_FIRST_HEADING = {"mlm": "true image", "align": "true image"}
+VARIANTS = {
+    "": "itc",
+    "itm_": "itm",
+    "shuffled_": "shuffled image",
+    "class_head_": "class head",
+    "random_": "random weights",
+}
+_FIRST_HEADING = {
+    "mlm": "true image",
+    "align": "true image",
+    "codes": "trained",
+    "mim": "hidden patches",
+    "linear": "trained",
+}
 _NOT_PERCENT = ("medr", "meanr", "rsum")
 
 

@@ -1,4 +1,4 @@
-"""Evaluates a model, or the newest weights of a run folder, on retrieval, mlm, swap and align."""
+"""Evaluates a model, or the newest weights of a run folder, on the tasks of `TASKS`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, open_index
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.eval.align import align_probe
+from vlpfast.eval.codes import codes_probe, linear_probe, mim_probe
 from vlpfast.eval.load import load_run
 from vlpfast.eval.probe import mlm_probe, swap_probe
 from vlpfast.eval.report import EvalResult, save_bars
@@ -29,9 +30,11 @@ from vlpfast.eval.rerank import rerank
 from vlpfast.eval.retrieval import PoolTexts, recall_metrics, retrieval_ranks
 from vlpfast.models.presets import missing
 from vlpfast.models.vlp import VLPModel
+from vlpfast.objectives.config import ObjectivesConfig
+from vlpfast.objectives.guide import Guide
 from vlpfast.ragged import Ragged
 
-TASKS = ("retrieval", "mlm", "swap", "align")
+TASKS = ("retrieval", "mlm", "swap", "align", "codes", "mim", "linear")
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,13 @@ def evaluate(
     )
     index = open_index(config)
     result = evaluate_model(
-        run.model, index, run.tokenizer, (task,), data=config, options=settings
+        run.model,
+        index,
+        run.tokenizer,
+        (task,),
+        data=config,
+        options=settings,
+        objectives=run.objectives,
     )[task]
     info = {"run": str(run_dir), "weights": str(run.weights), "data": str(data)}
     info |= {"where": " ".join(where)} if where else {}
@@ -130,6 +139,7 @@ def evaluate_model(
     *,
     data: DataConfig,
     options: EvalOptions | None = None,
+    objectives: ObjectivesConfig | None = None,
 ) -> dict[str, EvalResult]:
     """Evaluates a model that is in memory; leaves it in the mode (train or eval) it was in.
 
@@ -140,10 +150,11 @@ def evaluate_model(
         tasks: some of `TASKS`.
         data: how images are loaded and captions cut; its path and conditions are not read.
         options: `EvalOptions()` if None.
+        objectives: what the model was trained on: `mim` reads which tokenizer's codes it learned.
     """
     for task in tasks:
         _check_task(task)
-    evaluation = _Evaluation(model, index, tokenizer, data, options or EvalOptions())
+    evaluation = _Evaluation(model, index, tokenizer, data, options or EvalOptions(), objectives)
     results = {}
     with _evaluating(model):
         for task in tasks:
@@ -179,11 +190,12 @@ class _Evaluation:
         tokenizer: Tokenizer,
         data: DataConfig,
         options: EvalOptions,
+        objectives: ObjectivesConfig | None,
     ) -> None:
         if options.max_samples:
             index = replace(index, rows=np.asarray(index.rows)[: options.max_samples])
         self.model, self.index, self.tokenizer = model, index, tokenizer
-        self.data, self.options = data, options
+        self.data, self.options, self.objectives = data, options, objectives
         self.device = model.device
         self.corrupt: dict[str, str] = {}
 
@@ -251,6 +263,35 @@ class _Evaluation:
                 f"preset {self.model.config.preset!r} does not"
             )
         return align_probe(self.model, self._batches("align"), self.index, self.tokenizer)
+
+    def codes(self) -> EvalResult:
+        self._need("codes", "a codebook")
+        return codes_probe(self.model, self._batches("codes"))
+
+    def mim(self) -> EvalResult:
+        self._need("mim", "a code head")
+        if self.objectives is None or not self.objectives.mim:
+            raise ValueError("mim tells a tokenizer's codes: the model was trained on none")
+        guide = Guide.open(self.objectives, self.device).model
+        options = {"probability": self.objectives.mim_probability, "seed": self.options.seed}
+        return mim_probe(self.model, self._batches("mim"), guide, **options)
+
+    def linear(self) -> EvalResult:
+        config = self.model.config
+        if config.vision.front != "patches":
+            raise ValueError(
+                f"linear reads patches; preset {config.preset!r} has vision.front "
+                f"{config.vision.front!r}"
+            )
+        with torch.random.fork_rng(), torch.inference_mode(False):
+            torch.manual_seed(self.options.seed)
+            control = VLPModel(config).to(self.device).eval()
+        return linear_probe(self.model, control, self._batches("linear"), self.index)
+
+    def _need(self, task: str, part: str) -> None:
+        preset = self.model.config.preset
+        if part not in self.model.config.parts:
+            raise ValueError(f"{task} needs {part}; {missing(preset, part)}")
 
     def _batches(self, what: str) -> Iterator[Batch]:
         """One pass over the images."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from vlpfast.integrations.unilm import unilm_beit3
-from vlpfast.integrations.weights import Layout, Rule
+from vlpfast.integrations.weights import ZEROS, Layout, Rule
 from vlpfast.models.config import ModelConfig
 
 Names = Mapping[str, str]
@@ -61,7 +61,10 @@ def _rules(names: Names, here: str = "", there: str = "", **options: object) -> 
         for ending in _ENDINGS.get(mark, ("",)):
             sides = [
                 tuple(
-                    prefix + (name.replace(mark, ending) if mark else name) for name in side.split()
+                    name
+                    if name == ZEROS
+                    else prefix + (name.replace(mark, ending) if mark else name)
+                    for name in side.split()
                 )
                 for prefix, side in ((here, ours), (there, theirs))
             ]
@@ -229,6 +232,49 @@ def transformers_vilt(depth: int) -> Layout:
     return Layout("transformers ViltModel", tuple(rules), constants)
 
 
+_BEIT_BLOCK = {
+    "attention.qkv.weight": "attention.q_proj.weight attention.k_proj.weight "
+    "attention.v_proj.weight",
+    # A key's bias adds the same to all scores of a query.
+    "attention.qkv.bias": f"attention.q_proj.bias {ZEROS} attention.v_proj.bias",
+    "attention.out.{k}": "attention.o_proj.{k}",
+    "attention.out.scale": "lambda_1",
+    "norm1.{k}": "layernorm_before.{k}",
+    "norm2.{k}": "layernorm_after.{k}",
+    "mlp.fc1.{k}": "mlp.fc1.{k}",
+    "mlp.fc2.{k}": "mlp.fc2.{k}",
+    "mlp.fc2.scale": "lambda_2",
+}
+
+
+def _transformers_beit(config: ModelConfig) -> Layout:
+    """Without the class token's head, which transformers has not."""
+    depth = config.vision.depth
+    owners = {
+        "none": [],
+        "shared": ["beit.shared_position_bias"],
+        "layer": [f"beit.layers.{n}.relative_position_bias" for n in range(depth)],
+    }[config.vision.relative_bias]
+    names = {
+        "vision.embedding.{k}": "beit.embeddings.patch_embeddings.projection.{k}",
+        "vision.norm.{k}": "layernorm.{k}",
+        "code_head.{k}": "lm_head.{k}",
+    }
+    if owners:
+        tables = [f"{owner}.relative_position_bias_table" for owner in owners]
+        names["vision.relative_bias.table"] = " ".join(tables)
+    tokens = {
+        "vision.embedding.class_token": "beit.embeddings.cls_token",
+        "vision.embedding.mask_token": "beit.embeddings.mask_token",
+    }
+    rules = [
+        *_rules(names),
+        *_rules(tokens, lead=2),
+        *_stack(_BEIT_BLOCK, "vision", "beit.layers", depth),
+    ]
+    return Layout("transformers BeitForMaskedImageModeling", tuple(rules))
+
+
 def _open_clip_text(config: ModelConfig, prefix: str) -> list[Rule]:
     names = {
         "text.embedding.token": "token_embedding.weight",
@@ -287,6 +333,7 @@ def _open_clip_siglip(config: ModelConfig) -> Layout:
 LAYOUTS: dict[str, dict[str, Callable[[ModelConfig], Layout]]] = {
     "transformers": {
         "align": _transformers_align,
+        "beit2": _transformers_beit,
         "clip": lambda config: transformers_clip(config.vision.depth, config.text.depth),
         "siglip": _transformers_siglip,
     },

@@ -16,13 +16,16 @@ from torch import Tensor
 
 from vlpfast.models.vlp import VLPModel
 
+# In a rule, a part that theirs has not: zeros here, and left out of theirs.
+ZEROS = "-"
+
 
 @dataclass(frozen=True)
 class Rule:
     """Our tensors and the other library's that hold the same numbers, each side joined by rows.
 
     Attributes:
-        ours, theirs: names.
+        ours, theirs: names; `ZEROS` among theirs where theirs has none.
         shares: of the joined rows, what each of ours has; theirs have equal parts.
         transpose: theirs is multiplied from the right.
         lead: leading dimensions of size 1 that theirs has more.
@@ -38,7 +41,8 @@ class Rule:
 
     def import_(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our tensors from theirs."""
-        parts = [source[name] for name in self.theirs]
+        like = source[self.theirs[0]]
+        parts = [torch.zeros_like(like) if n == ZEROS else source[n] for n in self.theirs]
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]
         for _ in range(self.lead):
             joined = joined.squeeze(0)
@@ -61,6 +65,7 @@ class Rule:
         return {
             name: part.clone(memory_format=torch.contiguous_format)
             for name, part in zip(self.theirs, parts, strict=True)
+            if name != ZEROS
         }
 
 
@@ -115,7 +120,7 @@ def convert(layout: Layout, source: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     Raises:
         ValueError: `source` lacks tensors, or holds some that have no place here; all are named.
     """
-    wanted = {name for rule in layout.rules for name in rule.theirs}
+    wanted = {name for rule in layout.rules for name in rule.theirs} - {ZEROS}
     missing = sorted(wanted - source.keys())
     foreign = sorted(n for n in source.keys() - wanted if layout.reason(n) is None)
     if missing or foreign:

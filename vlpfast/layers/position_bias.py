@@ -52,24 +52,25 @@ def pair_displacements(side: int, length: int) -> tuple[Tensor, int]:
 
 
 class RelativeBias(nn.Module):
-    """bias[l, h, m, n] = table[l, kind[m, n], h] for `ops.attention`, from zeros.
+    """bias[l, h, m, n] = table[l * num_kinds + kind[m, n], h] for `ops.attention`, from zeros.
 
     Args:
         heads: attention heads.
         index (M, N): int64 kind of each pair of a query and a key.
-        num_kinds: rows of the table, index < num_kinds.
+        num_kinds: rows of a layer's table, index < num_kinds.
         layers: layers with a bias of their own; 1 where all layers share it.
     """
 
     def __init__(self, heads: int, index: Tensor, num_kinds: int, layers: int = 1) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(layers, num_kinds, heads))
+        self.layers = layers
+        self.table = nn.Parameter(torch.zeros(layers * num_kinds, heads))
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, part: slice = slice(None)) -> Tensor:
         """(layers, H, M, N), all by one lookup: its gradient is summed in a fixed order. `part` is
         the places among which it is wanted.
         """
-        rows = self.table.transpose(0, 1).flatten(1)
+        rows = self.table.unflatten(0, (self.layers, -1)).transpose(0, 1).flatten(1)
         bias = F.embedding(self.index[part, part], rows).movedim(2, 0)
-        return bias.unflatten(0, (self.table.shape[0], -1)).contiguous()
+        return bias.unflatten(0, (self.layers, -1)).contiguous()

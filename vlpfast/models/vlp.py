@@ -351,6 +351,10 @@ class VLPModel(nn.Module):
         self._need(self.code_head, "a code head")
         return hidden, self.code_head.weight, self.code_head.bias
 
+    def code_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., K) of codes from hidden states (..., D)."""
+        return _full(F.linear(*self.code_head_inputs(hidden)))
+
     def image_codes(self, images: Tensor) -> Tensor:
         """A tokenizer's codes (B, P) int64 of images (B, S, S, 3) uint8."""
         self._need(self.tokenizer, "a codebook")

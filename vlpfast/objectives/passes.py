@@ -72,7 +72,7 @@ class Passes:
     @property
     def image_embedding(self) -> Tensor:
         """(B, E) of the batch's images."""
-        return self.student.image.embedding
+        return self.student.image.embedding[: len(self.batch)]
 
     @property
     def text_embedding(self) -> Tensor:
