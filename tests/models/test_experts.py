@@ -317,6 +317,10 @@ def test_towers_are_the_stack(beit3):
     first = beit3.encode_image(images, num_embedded=1)
     torch.testing.assert_close(first.embedding, image.embedding[:1])
     assert len(first.tokens) == 2
+    states = beit3.image_states(image.tokens)
+    assert states.shape == image.tokens.shape
+    direct = F.normalize(beit3.image_projection(states[:, 0]), dim=1)
+    torch.testing.assert_close(direct, image.embedding)
     assert len(one.tokens) == 2
 
 
@@ -426,6 +430,8 @@ def test_configurations_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             replace(config, fusion=replace(config.fusion, **change))
+    with pytest.raises(ValueError, match="must be 'first', got 'mean'"):
+        replace(config, vision=replace(config.vision, pool="mean"))
     with pytest.raises(ValueError, match="joint_embedding needs embed_dim"):
         replace(config, joint_embedding=True)
     model = create_model("beit3", "tiny", vocab_size=50, image_size=32)
