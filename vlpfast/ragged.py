@@ -127,11 +127,14 @@ class Ragged:
         source[grown.last()] = total + rows[:-1].long()
         return grown.with_values(torch.cat([self.values, last])[source])
 
-    def token_ids_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed indices of the tokens of sequences `rows` (R,), and offsets (R + 1,) int32."""
+    def token_ids_of(self, rows: Tensor, total: int | None = None) -> tuple[Tensor, Tensor]:
+        """Packed indices of the tokens of sequences `rows` (R,), and offsets (R + 1,) int32; how
+        many tokens these are the device is asked, unless `total` says it.
+        """
         lens = self.lens[rows]
         cu_seqlens = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
-        shift = (self.cu_seqlens[rows] - cu_seqlens[:-1]).long().repeat_interleave(lens)
+        shift = (self.cu_seqlens[rows] - cu_seqlens[:-1]).long()
+        shift = shift.repeat_interleave(lens, output_size=total)
         return torch.arange(shift.shape[0], device=shift.device) + shift, cu_seqlens
 
     def select(self, rows: Tensor) -> Ragged:

@@ -46,6 +46,9 @@ class Known(nn.Module):
         codes = nn.functional.one_hot(self.image_codes(images), 16).float()
         return ImageOutput(torch.cat([codes[:, :1], codes], 1), None, None)
 
+    def image_states(self, tokens):
+        return tokens
+
     def patches(self, tokens):
         return tokens[:, 1:]
 

@@ -414,7 +414,7 @@ def test_nothing_is_dropped_silently():
 
 def test_errors_name_what_is_known():
     with pytest.raises(
-        ValueError, match=r"library must be one of \['open_clip', 'transformers', 'unilm'\]"
+        ValueError, match=r"must be one of \['open_clip', 'transformers', 'unilm'\]"
     ):
         export_weights(small("clip"), "timm")
     with pytest.raises(

@@ -317,6 +317,10 @@ def test_towers_are_the_stack(beit3):
     first = beit3.encode_image(images, num_embedded=1)
     torch.testing.assert_close(first.embedding, image.embedding[:1])
     assert len(first.tokens) == 2
+    states = beit3.image_states(image.tokens)
+    assert states.shape == image.tokens.shape
+    direct = F.normalize(beit3.image_projection(states[:, 0]), dim=1)
+    torch.testing.assert_close(direct, image.embedding)
     assert len(one.tokens) == 2
 
 
@@ -370,8 +374,8 @@ def biased(model, parts: dict[str, torch.Tensor], joint: bool) -> dict[str, torc
         states = norm(torch.cat(list(x.values())), block.norm1)
         q, k, v = (states @ qkv.weight.T).chunk(3, 1)
         q, k, v = ((t.unflatten(1, (heads, -1))) for t in (q + q_bias, k, v + v_bias))
-        tables = tower.relative_bias.table.unflatten(0, (len(tower.blocks), -1))
-        bias = tables[number][kinds].permute(2, 0, 1)
+        table = tower.relative_bias.table.unflatten(0, (len(tower.blocks), -1))
+        bias = table[number][kinds].permute(2, 0, 1)
         scores = torch.einsum("mhe,nhe->hmn", q, k) * q.shape[-1] ** -0.5 + bias
         mixed = torch.einsum("hmn,nhe->mhe", scores.softmax(-1), v).flatten(1)
         out = block.attention.out
@@ -426,6 +430,8 @@ def test_configurations_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             replace(config, fusion=replace(config.fusion, **change))
+    with pytest.raises(ValueError, match="must be 'first', got 'mean'"):
+        replace(config, vision=replace(config.vision, pool="mean"))
     with pytest.raises(ValueError, match="joint_embedding needs embed_dim"):
         replace(config, joint_embedding=True)
     model = create_model("beit3", "tiny", vocab_size=50, image_size=32)

@@ -40,9 +40,9 @@ def hidden_batch(size: int = 5, *, codes: int = 256, width: int = 128) -> Batch:
 
 
 def test_plans_of_images_alone_read_nothing_else():
-    alone = {"text": False, "embed_image": False, "embed_text": False}
-    assert Plan.of(MIM) == Plan(False, (), False, masked_image=True, clean_image=False, **alone)
-    assert Plan.of(VQKD) == Plan(False, (), False, **alone)
+    alone = Plan(False, (), False, text=False, embed_image=False, embed_text=False)
+    assert Plan.of(MIM) == replace(alone, masked_image=True, clean_image=False)
+    assert Plan.of(VQKD) == alone
     both = Plan.of(replace(MIM, itc=1.0))
     assert (both.masked_image, both.clean_image, both.text) == (True, True, True)
     step, batch = PretrainStep(small("beit2"), MIM).train(), hidden_batch()
@@ -181,7 +181,7 @@ def test_guides_that_do_not_fit_say_so():
         ValueError, match=r"vqkd needs objectives\.guide, the run folder of a teach"
     ):
         Guide.open(VQKD, device)
-    with pytest.raises(ValueError, match="guide 'x' gives targets to mim, mvm, vqkd"):
+    with pytest.raises(ValueError, match="guide 'x' gives targets of mim, mvm, vqkd only"):
         Guide.open(ObjectivesConfig(guide="x"), device)
     with pytest.raises(FileNotFoundError, match="nowhere is not a run folder"):
         Guide.open(replace(MIM, guide="nowhere"), device)

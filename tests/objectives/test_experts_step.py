@@ -236,9 +236,16 @@ def test_vlmo_second_stage_moves_words_and_their_experts_only():
         "token_head.norm.",
     }
     # Of displacements those between words alone.
-    bias = step.model.fusion.relative_bias
-    moved = bias.table.grad.unflatten(0, (bias.layers, -1)).abs().sum((0, 2)).nonzero().flatten()
+    grad = step.model.fusion.relative_bias.table.grad.unflatten(0, (4, -1))
+    moved = grad.abs().sum((0, 2)).nonzero().flatten()
     assert moved.min() >= (2 * 2 - 1) ** 2 + 3 + 2
+
+
+def test_a_head_without_its_objective_is_idle():
+    assert vlmo_step(ObjectivesConfig(itc=1.0, mlm=0.25)).has_idle_parameters
+    assert vlmo_step(ObjectivesConfig(itc=1.0, itm=1.0)).has_idle_parameters
+    assert beit3_step(MASKED, codes=9).has_idle_parameters
+    assert beit3_step(replace(FULL, mlm=0.0, mtm=0.0, mim=0.0)).has_idle_parameters
 
 
 def test_vlmo_stages_are_apart():

@@ -88,6 +88,9 @@ def test_beit3_pretrains_resumes_and_is_tuned(scenes, guide, tmp_path):
     assert [n for n, t in weights(whole).items() if not t.equal(resumed[n])] == []
     probe = evaluate(whole.run_dir, "mlm", scenes, progress=False)
     assert 0 <= probe.metrics["mlm_accuracy"] <= 100
+    for task, metric in (("mim", "mim_accuracy"), ("linear", "linear_auc")):
+        probe = evaluate(whole.run_dir, task, scenes, progress=False)
+        assert 0 <= probe.metrics[metric] <= 100
     tuned = small("beit3_scenes_retrieval", scenes, tmp_path, init=whole.run_dir)
     train(tuned)
     log = (tuned.run_dir / "out.log").read_text()

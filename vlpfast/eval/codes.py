@@ -90,8 +90,9 @@ def mim_probe(
         hidden = torch.zeros(len(batch), num_patches, dtype=torch.bool, device=device)
         hidden.scatter_(1, ids, True)
         masked = model.encode_image(images, hidden=hidden)
-        read = {"": masked.tokens, "class_head_": masked.class_head}
-        read["shuffled_"] = model.encode_image(images[partner], hidden=hidden).tokens
+        read = {"": model.image_states(masked.tokens), "class_head_": masked.class_head}
+        shuffled = model.encode_image(images[partner], hidden=hidden).tokens
+        read["shuffled_"] = model.image_states(shuffled)
         for name, tokens in read.items():
             if tokens is not None:
                 told = model.code_logits(model.patches(tokens).take_along_dim(ids[..., None], 1))
@@ -130,7 +131,7 @@ def linear_probe(
         rows += [_shown(records.record(i)) for i in batch.sample_ids.tolist()]
         images = batch.images.to(model.device)
         for name, encoder in (("", model), ("random_", control)):
-            tokens = encoder.patches(encoder.encode_image(images).tokens)
+            tokens = encoder.patches(encoder.image_states(encoder.encode_image(images).tokens))
             features[name].append(tokens.double().mean(1).cpu())
     things = sorted(set().union(*rows))
     labels = torch.tensor([[thing in row for thing in things] for row in rows])

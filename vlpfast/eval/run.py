@@ -380,7 +380,8 @@ class _Evaluation:
         row_of[samples] = torch.arange(len(samples))
         for batch in self._batches("matching"):
             rows = row_of[batch.sample_ids.cpu()]
-            yield rows, self.model.encode_image(batch.images.to(self.device)).tokens
+            images = batch.images.to(self.device)
+            yield rows, self.model.encode_image(images, num_embedded=0).tokens
 
     def _captions(self, samples: Tensor) -> tuple[list[str], Tensor]:
         """The samples' captions and their ids; the same text for the same id counts once."""

@@ -58,8 +58,9 @@ class PairLayout:
         size, device = len(text), text.cu_seqlens.device
         rows = torch.arange(2 * size, device=device).unflatten(0, (2, size))
         pieces = (rows.flip(0) if image_first else rows).mT.flatten()
-        to_sequence, cu_seqlens = Ragged.cat([text, image]).token_ids_of(pieces)
-        places = torch.arange(num_text + num_image, device=device)
+        both, total = Ragged.cat([text, image]), num_text + num_image
+        to_sequence, cu_seqlens = both.token_ids_of(pieces, total)
+        places = torch.arange(total, device=device)
         from_sequence = torch.empty_like(places).scatter(0, to_sequence, places)
         blocks = None
         if text_blocks is not None:

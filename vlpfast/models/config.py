@@ -359,6 +359,12 @@ class ModelConfig:
             raise ValueError("joint_embedding needs embed_dim > 0 and fusion.joint_experts > 0")
         if self.joint_embedding and self.scale != "log":
             raise ValueError(f"joint_embedding needs scale 'log', got {self.scale!r}")
+        if self.one_stack and self.embed_dim and {vision.pool, self.text.pool} != {"first"}:
+            raise ValueError(
+                "embed_dim of a model with one stack for both modalities is of first states: "
+                f"vision.pool and text.pool must be 'first', got {vision.pool!r} and "
+                f"{self.text.pool!r}"
+            )
         if fusion.experts == "shared":
             if fusion.joint_experts or fusion.relative_bias or fusion.order == "image":
                 raise ValueError(

@@ -313,6 +313,15 @@ class VLPModel(nn.Module):
         pooled = embedded.values[embedded.first() if first else embedded.last()]
         return TextOutput(tokens, _unit(self.text_projection(pooled)))
 
+    def image_states(self, tokens: Tensor) -> Tensor:
+        """What the image tower makes of images (B, N, D), from `encode_image`'s tokens: themselves,
+        or where one stack serves both modalities its states on images alone.
+        """
+        if not self.config.one_stack:
+            return tokens
+        alone = self.fusion.alone(self.fusion.image_keys(tokens), "image")
+        return alone.values.unflatten(0, tokens.shape[:2])
+
     def _embed_alone(
         self, part: Ragged, modality: Literal["text", "image"], seed: int
     ) -> tuple[Tensor, Tensor | None]:

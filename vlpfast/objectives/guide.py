@@ -52,7 +52,7 @@ class Guide:
                 f"objectives.{needed[0]} needs objectives.guide, the run folder of "
                 f"{'a tokenizer' if objectives.hides_patches else 'a teacher'}"
                 if needed
-                else f"objectives.guide {objectives.guide!r} gives targets to mim, mvm, vqkd"
+                else f"objectives.guide {objectives.guide!r} gives targets of mim, mvm, vqkd only"
             )
         if not needed:
             return None

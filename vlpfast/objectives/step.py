@@ -83,15 +83,27 @@ class PretrainStep(nn.Module):
     @property
     def has_idle_parameters(self) -> bool:
         """Whether a step may leave parameters without a gradient: it trains one of several
-        objectives, or one stack whose last states of a modality nothing reads.
+        objectives, or not those of all heads, or one stack whose last states of a modality nothing
+        reads.
         """
-        config, model = self.config, self.model.config
-        plan = Plan.of(config, one_stack=model.one_stack)
-        texts = bool(config.mlm or config.itm or config.mtm)
-        experts = model.fusion.experts != "shared" and not (texts and plan.masked_image)
+        config, model = self.config, self.model
+        plan = Plan.of(config, one_stack=model.config.one_stack)
+        words = bool(config.mlm or config.mtm)
+        trained = (
+            (model.image_projection, plan.embed_image),
+            (model.lm_head, plan.decodes),
+            (model.match_head, bool(config.itm)),
+            (model.token_head, words),
+            (model.region_heads, config.masks_regions),
+            (model.code_head, config.hides_patches),
+        )
+        experts = model.config.fusion.experts != "shared" and not (
+            (words or config.itm) and plan.masked_image
+        )
         alone = len(plan.fusion) == 1 and plan.reads_alone
-        unread = model.one_stack and not plan.embed_image and (experts or alone)
-        return bool(config.mix) or unread
+        unread = model.config.one_stack and not plan.embed_image and (experts or alone)
+        idle = any(head is not None and not wanted for head, wanted in trained)
+        return bool(config.mix) or unread or idle
 
     def forward(self, batch: Batch, *, seed: int, step: int) -> StepOutput:
         """Losses of one batch.

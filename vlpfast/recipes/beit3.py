@@ -83,7 +83,8 @@ def base() -> RunConfig:
     images, texts.
 
     Source: Wang et al. 2022, arXiv:2208.10442, section 2.3 and table 11; no pre-training code was
-    published. Here images, texts and pairs all come from the pairs.
+    published. Here images, texts and pairs all come from the pairs, and there is no stochastic
+    depth.
     """
     return RunConfig(
         name="beit3_base",

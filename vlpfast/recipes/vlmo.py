@@ -88,7 +88,8 @@ def images(config: RunConfig) -> RunConfig:
 
 
 def base() -> RunConfig:
-    """The published last stage: 200,000 steps of 1,024 pairs.
+    """The published last stage: 200,000 steps of 1,024 pairs. Deviations: no stochastic depth (0.1
+    there), and hard negatives are of the rank's pairs, not of all.
 
     Source: microsoft/unilm vlmo/config.py `task_mlm_itm_itc_base`, `step200k` and vlmo/README.md.
     """

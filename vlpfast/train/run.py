@@ -50,7 +50,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
     """
     if not config.data.path:
         raise ValueError("data.path is not set: name the data with --data PATH")
-    checkpoint.find(config.run_dir, resume)
+    resumes = checkpoint.find(config.run_dir, resume) is not None
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     with open_world(config.train.device) as world:
@@ -64,7 +64,8 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
         torch.manual_seed(seed)
         group = dist.group.WORLD if world.size > 1 else None
         model = VLPModel(config.model)
-        notes = start_from(model, Path(config.train.init)) if config.train.init else ()
+        starts = config.train.init and not resumes
+        notes = start_from(model, Path(config.train.init)) if starts else ()
         freeze(model, config.train.freeze)
         step = PretrainStep(model, config.objectives, group, seed=seed)
 
