@@ -16,12 +16,19 @@ from vlpfast.data.batch import Batch
 from vlpfast.data.masking import mask_regions
 from vlpfast.models import create_model
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
+from vlpfast.recipes import lxmert, vilbert
 from vlpfast.train.distributed import World
 
 # Without ITM: its other images are those of a rank, so they differ by design.
-CONFIG = ObjectivesConfig(
-    itc=0.0, mlm=1.0, mrfr=1.0, mrckl=1.0, mix=(("mlm", 2.0), ("mrfr", 1.0), ("mrckl", 1.0))
-)
+CONFIGS = {
+    "uniter": ObjectivesConfig(
+        itc=0.0, mlm=1.0, mrfr=1.0, mrckl=1.0, mix=(("mlm", 2.0), ("mrfr", 1.0), ("mrckl", 1.0))
+    ),
+    "lxmert": replace(
+        lxmert.OBJECTIVES, itm=0.0, mix=(("mlm", 2.0), ("mrfr", 1.0), ("mrc", 1.0))
+    ),
+    "vilbert": replace(vilbert.OBJECTIVES, itm=0.0, mix=(("mlm", 1.0), ("mrckl", 1.0))),
+}
 ROWS, STEPS = 6, 6
 
 
@@ -34,10 +41,10 @@ def batch_of(number: int, rank: int, world: int) -> Batch:
     return replace(share, regions=regions[own], masked_regions=hidden[own])
 
 
-def train(rank: int, world: int) -> tuple[dict[str, Tensor], list[str]]:
+def train(rank: int, world: int, preset: str) -> tuple[dict[str, Tensor], list[str]]:
     """Weights and the names of the losses after a few steps of SGD."""
     torch.manual_seed(0)
-    step = PretrainStep(create_model("uniter", "tiny", vocab_size=50), CONFIG)
+    step = PretrainStep(create_model(preset, "tiny", vocab_size=50), CONFIGS[preset])
     module = World(rank, world, torch.device("cpu")).wrap(step.train())
     names = []
     for number in range(STEPS):
@@ -57,10 +64,11 @@ def train(rank: int, world: int) -> tuple[dict[str, Tensor], list[str]]:
 
 
 @pytest.mark.dist
-def test_training_equals_one_process():
-    expected, names = train(0, 1)
-    assert set(names) == {"mlm", "mrfr", "mrckl"}
-    for weights, trained in run_distributed(train, 2, 2):
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_training_equals_one_process(preset):
+    expected, names = train(0, 1, preset)
+    assert set(names) == CONFIGS[preset].weights.keys()
+    for weights, trained in run_distributed(train, 2, 2, preset):
         assert trained == names
         for name, value in weights.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)

@@ -273,6 +273,7 @@ def test_matching_reads_both_streams():
     ("preset", "change", "message"),
     [
         ("lxmert", {"vision": {"norm": "post"}}, r"vision\.norm must be fusion\.norm 'pre'"),
+        ("vilbert", {"fusion": {"layer_scale": 0.1}}, r"must be 0 for fusion\.kind 'co', got 0\.1"),
         ("lxmert", {"vision": {"dim": 96}}, r"vision\.dim must be fusion\.dim 192 where"),
         ("uniter", {"fusion": {"tied": True}}, r"are for fusion\.kind 'co', got 'concat'"),
     ],

@@ -131,6 +131,8 @@ def test_classes_without_background():
     total, count = weighted_class_loss(logits, labels, 0.5)
     torch.testing.assert_close(total, 0.15 * own[0] + own[1])
     assert float(count) == 1.0
+    with pytest.raises(ValueError, match=r"labels must have 2 classes, or one more.*got 4"):
+        class_loss(logits, torch.rand(2, 4))
 
 
 def test_smooth_l1_is_quadratic_near_zero_and_linear_far():

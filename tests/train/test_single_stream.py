@@ -90,9 +90,8 @@ def test_regions_are_aligned_by_name(scenes, tmp_path):
 
 @pytest.mark.parametrize("name", ["lxmert_scenes", "vilbert_scenes"])
 def test_streams_apart_have_probes_of_words_and_pairs(name, scenes, tmp_path):
-    """With the published masking, one row of each pair."""
     config = small(name, scenes, tmp_path, 1)
-    config = replace(config, objectives=replace(config.objectives, masking="together"))
+    assert config.objectives.masking == "together"
     train(config)
     result = evaluate(config.run_dir, "swap", scenes, device="cpu", progress=False)
     assert set(result.metrics) == {"itm_swap_accuracy"}

@@ -398,6 +398,11 @@ class ModelConfig:
                 f"vision.norm must be fusion.norm {fusion.norm!r} for fusion.kind 'co', "
                 f"got {vision.norm!r}"
             )
+        elif fusion.layer_scale or vision.layer_scale:
+            raise ValueError(
+                "fusion.layer_scale and vision.layer_scale must be 0 for fusion.kind 'co', got "
+                f"{fusion.layer_scale} and {vision.layer_scale}"
+            )
         elif fusion.tied and fusion.dim != vision.dim:
             raise ValueError(
                 f"vision.dim must be fusion.dim {fusion.dim} where fusion.tied shares weights, "

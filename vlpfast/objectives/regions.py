@@ -194,8 +194,14 @@ def class_divergence(logits: Tensor, labels: Tensor, reduction: Literal["paper",
 
 def _foreground(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The largest probability (n,) that is not background, and its column in `logits` (n,)."""
+    lacking = labels.shape[1] - logits.shape[1]
+    if lacking not in (0, 1):
+        raise ValueError(
+            f"regions.labels must have {logits.shape[1]} classes, or one more of background, "
+            f"got {labels.shape[1]}: set model.vision.region_classes to the detector's"
+        )
     confidence, target = labels[:, BACKGROUND + 1 :].float().max(1)
-    return confidence, target + logits.shape[1] - labels.shape[1] + BACKGROUND + 1
+    return confidence, target + BACKGROUND + 1 - lacking
 
 
 def _count(like: Tensor, reduction: str) -> Tensor:
