@@ -33,7 +33,7 @@ def mim(passes: Passes) -> Loss:
 def vqkd(passes: Passes) -> Loss:
     """A tokenizer's training: 1 - cosine of decoded and the teacher's features, and the mean square
     of how far vectors are from their codes, of each patch. `metrics` gets the cosine and the share
-    of codes in use.
+    of codes that the last step used.
 
     Source: Peng et al. 2022 (BEiT v2), eq. 3, arXiv:2208.06366; microsoft/unilm
     beit2/modeling_vqkd.py.
@@ -43,6 +43,6 @@ def vqkd(passes: Passes) -> Loss:
     cosine = F.cosine_similarity(out.features.float(), target.float(), dim=-1)
     count = cosine.numel()
     passes.metrics["vqkd_cosine"] = cosine.mean().detach()
-    passes.metrics["codes_in_use"] = model.tokenizer.codebook.share_in_use
+    passes.metrics["codes_in_use"] = model.tokenizer.codebook.in_use.clone()
     loss = (1 - cosine).sum() + passes.config.commitment * out.commitment
     return loss, torch.tensor(count, device=loss.device)
