@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vlpfast.objectives.passes import Loss, Passes
+from vlpfast.objectives.plan import Rows
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -17,17 +19,27 @@ def mim(passes: Passes) -> Loss:
 
     Source: Peng et al. 2022 (BEiT v2), eq. 5 and section 2.3, arXiv:2208.06366.
     """
-    batch, image = passes.batch, passes.student.image
-    ids, first = batch.hidden_patches, len(batch) if passes.plan.clean_image else 0
-    heads = [image.tokens] if image.class_head is None else [image.tokens, image.class_head]
-    hidden = [
-        passes.model.patches(tokens[first:]).take_along_dim(ids[..., None], 1) for tokens in heads
-    ]
+    batch, heads = passes.batch, _masked_tokens(passes)
+    ids = batch.hidden_patches
+    hidden = [passes.model.patches(tokens).take_along_dim(ids[..., None], 1) for tokens in heads]
     target = batch.codes.gather(1, ids).flatten()
     # One product with the codes' weights for both heads.
     inputs = passes.model.code_head_inputs(torch.stack(hidden).flatten(0, 2))
     loss = linear_cross_entropy(*inputs[:2], target.repeat(len(heads)), inputs[2], reduction="sum")
     return loss, torch.tensor(target.shape[0], device=loss.device)
+
+
+def _masked_tokens(passes: Passes) -> list[Tensor]:
+    """Tokens (B, N, D) of the masked images by each head: fused, or the vision tower's."""
+    size, plan, image = len(passes.batch), passes.plan, passes.student.image
+    if Rows.MASKED_IMAGE in plan.fusion:
+        fused = passes.fused.image
+        # Images are of one length.
+        first, length = plan.first_sequence(Rows.MASKED_IMAGE, size), fused.max_len
+        rows = fused.values[first * length : (first + size) * length]
+        return [rows.unflatten(0, (size, length))]
+    heads = [image.tokens] if image.class_head is None else [image.tokens, image.class_head]
+    return [tokens[size if plan.clean_image else 0 :] for tokens in heads]
 
 
 def vqkd(passes: Passes) -> Loss:

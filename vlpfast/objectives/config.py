@@ -42,7 +42,8 @@ class ObjectivesConfig:
             `mrm_probability` is the share of regions hidden, `mrm_reduction` what features and
             distributions are averaged over (`objectives.regions`).
         mim: masked image modelling: a frozen tokenizer's codes of hidden patches (BEiT);
-            `mim_probability` is the share of patches hidden.
+            `mim_probability` is the share of patches hidden. `mim_reads` "image": they are told
+            from the image alone; "pair": from the fused tokens of the image with its text.
         vqkd: a tokenizer's own training: a frozen teacher's features of each patch from its code;
             `commitment` weighs the distance of vectors from their codes.
         guide: run folder of the frozen model that gives these targets: of mim a tokenizer's (preset
@@ -72,6 +73,7 @@ class ObjectivesConfig:
     mim: float = 0.0
     vqkd: float = 0.0
     mim_probability: float = 75 / 196
+    mim_reads: Literal["image", "pair"] = "image"
     commitment: float = 1.0
     guide: str = ""
     itm_negatives: Literal["hard", "random"] = "hard"
@@ -138,6 +140,17 @@ class ObjectivesConfig:
     def masks_regions(self) -> bool:
         """Whether an objective predicts hidden regions."""
         return bool(self.mrfr or self.mrc or self.mrckl)
+
+    @property
+    def masks_pairs(self) -> bool:
+        """Whether an objective tells what is hidden of an image from its text too."""
+        return self.masks_regions or bool(self.mim and self.mim_reads == "pair")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether an objective does."""
+        alone = {"vqkd"} if self.masks_pairs else {"vqkd", "mim"}
+        return bool(self.weights.keys() - alone)
 
     def at(self, step: int, seed: int) -> ObjectivesConfig:
         """What optimizer step `step` trains: all, or the one of `mix` that (seed, step) draw."""

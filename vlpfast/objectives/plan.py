@@ -15,9 +15,6 @@ from torch import Tensor
 
 from vlpfast.objectives.config import ObjectivesConfig
 
-# Objectives that read no text.
-IMAGES_ALONE = {"mim", "vqkd"}
-
 
 class Rows(Enum):
     """Groups of B (text, image) rows of the fusion call, in the order in which they are packed."""
@@ -59,15 +56,14 @@ class Plan:
         if config.itm and not hard:
             matching = (Rows.MIXED,)
         masked = (Rows.MASKED,) if config.mlm else ()
-        hidden = (Rows.MASKED_IMAGE,) if config.masks_regions else ()
-        text = config.weights.keys() - IMAGES_ALONE
+        hidden = (Rows.MASKED_IMAGE,) if config.masks_pairs else ()
         return cls(
             bool(config.mlm),
             matching + masked + hidden,
             hard,
             config.masks_regions or bool(config.mim),
-            bool(text),
-            bool(text) or bool(config.vqkd),
+            config.reads_text,
+            config.reads_text or bool(config.vqkd),
         )
 
     def fusion_rows(

@@ -30,6 +30,11 @@ def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
         for part in NEEDS[name]:
             if part not in model.parts:
                 raise ValueError(f"objectives.{name} needs {part}; {missing(model.preset, part)}")
+    fused = "fused image tokens"
+    if objectives.mim and objectives.mim_reads == "pair" and fused not in model.parts:
+        raise ValueError(
+            f"objectives.mim_reads 'pair' needs {fused}; {missing(model.preset, fused)}"
+        )
     if objectives.mim and (model.vision.patch_dropout or model.vision.max_patches):
         raise ValueError(
             "objectives.mim hides patches of whole images: model.vision.patch_dropout and "
