@@ -122,6 +122,33 @@ def test_mim_reads_pairs():
     torch.testing.assert_close(alone, out.losses["mim"], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("reads", ["image", "pair"])
+def test_mpp_by_loops(reads):
+    torch.manual_seed(0)
+    config = preset_config("vilt", "tiny", image_size=SIDE, vocab_size=50, color_head=True)
+    vision = replace(config.vision, max_patches=0, depth=1)
+    model = VLPModel(replace(config, vision=vision))
+    objectives = ObjectivesConfig(itc=0.0, mpp=1.0, mim_reads=reads)
+    batch = hidden_batch()
+    total, count = PretrainStep(model, objectives).eval()(batch, seed=0, step=0).losses["mpp"]
+    assert int(count) == 25
+    mask = torch.zeros(5, 16, dtype=torch.bool).scatter(1, batch.hidden_patches, True)
+    tokens = model.encode_image(batch.images, hidden=mask).tokens
+    if reads == "pair":
+        text = model.encode_text(batch.text).tokens
+        fused = model.fuse_pairs(text, model.image_keys(tokens), torch.arange(5))
+        tokens = fused.image.values.unflatten(0, (5, 17))
+    expected = 0.0
+    for row in range(5):
+        for patch in batch.hidden_patches[row].tolist():
+            y, x = 8 * (patch // 4), 8 * (patch % 4)
+            color = batch.images[row, y : y + 8, x : x + 8].double().mean((0, 1)).floor().long()
+            logits = model.color_head(tokens[row, 1 + patch]).view(3, 256)
+            for channel in range(3):
+                expected = expected - logits[channel].log_softmax(0)[color[channel]] / 3
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_vqkd_by_loops():
     step, batch = PretrainStep(small("vqkd"), replace(VQKD, commitment=0.5)), hidden_batch()
     model = step.model
@@ -241,5 +268,7 @@ def test_settings_that_do_not_fit_say_so():
         ObjectivesConfig(itc=0.0, mim=1.0, mim_probability=0.0)
     dropping = small("clip", codes=256).config
     dropping = replace(dropping, vision=replace(dropping.vision, patch_dropout=0.5))
-    with pytest.raises(ValueError, match="mim hides patches of whole images"):
+    with pytest.raises(
+        ValueError, match=r"objectives\.mim and objectives\.mpp hide patches of whole images"
+    ):
         PretrainStep(VLPModel(dropping), MIM)

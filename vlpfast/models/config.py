@@ -192,6 +192,7 @@ class ModelConfig:
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
         codes: of how many codes it predicts those of hidden patches (BEiT), 0: of none; training
             sets it to the tokenizer's.
+        color_head: whether it predicts the mean colour of hidden patches (ViLT's MPP).
         codebook: of a model that is a tokenizer.
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
     """
@@ -206,6 +207,7 @@ class ModelConfig:
     mlm_head: bool = False
     region_heads: bool = False
     codes: int = 0
+    color_head: bool = False
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     projection_bias: bool = False
     image_projection: bool = True
@@ -298,9 +300,9 @@ class ModelConfig:
 
     def _check_codes(self) -> None:
         vision = self.vision
-        if (self.codes or self.codebook.size) and vision.front != "patches":
+        if (self.hides_patches or self.codebook.size) and vision.front != "patches":
             raise ValueError(
-                "codes and codebook are of patches: vision.front must be 'patches', "
+                "codes, color_head and codebook are of patches: vision.front must be 'patches', "
                 f"got {vision.front!r}"
             )
         early = 0 < vision.early_layers < vision.depth
@@ -310,6 +312,11 @@ class ModelConfig:
                 f"between 0 and vision.depth {vision.depth}, got codes {self.codes}, norm "
                 f"{vision.norm!r}, early_layers {vision.early_layers}"
             )
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether the model has a mask token: it predicts something of hidden patches."""
+        return bool(self.codes) or self.color_head
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -324,6 +331,7 @@ class ModelConfig:
             "region heads": self.region_heads,
             "a text tower": self.text.kind != "none",
             "a code head": self.codes > 0,
+            "a color head": self.color_head,
             "a codebook": self.codebook.size > 0,
         }
         return tuple(part for part, present in has.items() if present)

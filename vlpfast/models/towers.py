@@ -75,7 +75,7 @@ def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
         bias=config.patch_bias,
         position=config.position,
         class_token=config.class_token,
-        mask_token=model.codes > 0,
+        mask_token=model.hides_patches,
         **pixels,
     )
 

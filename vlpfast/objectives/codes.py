@@ -29,6 +29,25 @@ def mim(passes: Passes) -> Loss:
     return loss, torch.tensor(target.shape[0], device=loss.device)
 
 
+def mpp(passes: Passes) -> Loss:
+    """Masked patch prediction: cross-entropy with the mean colour of hidden patches, a mean over
+    channels.
+
+    Deviations: the head is one linear map; blocks of patches are hidden, and none is left as it is.
+
+    Source: Kim et al. 2021 (ViLT), section 4.5, arXiv:2102.03334; dandelin/ViLT
+    vilt/modules/objectives.py `compute_mpp`.
+    """
+    ids, side = passes.batch.hidden_patches[..., None], passes.model.config.vision.patch_size
+    pixels = passes.batch.images.unfold(1, side, side).unfold(2, side, side)
+    colors = pixels.float().mean((-2, -1)).flatten(1, 2)  # (B, P, 3)
+    target = colors.take_along_dim(ids, 1).long()
+    tokens = passes.model.patches(_masked_tokens(passes)[0]).take_along_dim(ids, 1)
+    logits = passes.model.color_logits(tokens)
+    loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="sum") / 3
+    return loss, torch.tensor(ids.numel(), device=loss.device)
+
+
 def _masked_tokens(passes: Passes) -> list[Tensor]:
     """Tokens (B, N, D) of the masked images by each head: fused, or the vision tower's."""
     size, plan, image = len(passes.batch), passes.plan, passes.student.image

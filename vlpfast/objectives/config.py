@@ -18,6 +18,7 @@ OBJECTIVES = (
     "mrc",
     "mrckl",
     "mim",
+    "mpp",
     "vqkd",
 )
 
@@ -44,6 +45,8 @@ class ObjectivesConfig:
         mim: masked image modelling: a frozen tokenizer's codes of hidden patches (BEiT);
             `mim_probability` is the share of patches hidden. `mim_reads` "image": they are told
             from the image alone; "pair": from the fused tokens of the image with its text.
+        mpp: masked patch prediction: the mean colour of the patches that `mim` hides, each channel
+            one of 256 values (ViLT).
         vqkd: a tokenizer's own training: a frozen teacher's features of each patch from its code;
             `commitment` weighs the distance of vectors from their codes.
         guide: run folder of the frozen model that gives these targets: of mim a tokenizer's (preset
@@ -71,6 +74,7 @@ class ObjectivesConfig:
     mrc: float = 0.0
     mrckl: float = 0.0
     mim: float = 0.0
+    mpp: float = 0.0
     vqkd: float = 0.0
     mim_probability: float = 75 / 196
     mim_reads: Literal["image", "pair"] = "image"
@@ -144,12 +148,17 @@ class ObjectivesConfig:
     @property
     def masks_pairs(self) -> bool:
         """Whether an objective tells what is hidden of an image from its text too."""
-        return self.masks_regions or bool(self.mim and self.mim_reads == "pair")
+        return self.masks_regions or (self.masks_patches and self.mim_reads == "pair")
+
+    @property
+    def masks_patches(self) -> bool:
+        """Whether an objective predicts something of hidden patches."""
+        return bool(self.mim or self.mpp)
 
     @property
     def reads_text(self) -> bool:
         """Whether an objective does."""
-        alone = {"vqkd"} if self.masks_pairs else {"vqkd", "mim"}
+        alone = {"vqkd"} if self.masks_pairs else {"vqkd", "mim", "mpp"}
         return bool(self.weights.keys() - alone)
 
     def at(self, step: int, seed: int) -> ObjectivesConfig:

@@ -61,7 +61,7 @@ class Plan:
             bool(config.mlm),
             matching + masked + hidden,
             hard,
-            config.masks_regions or bool(config.mim),
+            config.masks_regions or config.masks_patches,
             config.reads_text,
             config.reads_text or bool(config.vqkd),
         )

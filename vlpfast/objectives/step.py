@@ -27,6 +27,7 @@ _AFTER_FUSION = {
     "mrc": regions.mrc,
     "mrckl": regions.mrckl,
     "mim": codes.mim,
+    "mpp": codes.mpp,
     "vqkd": codes.vqkd,
 }
 
@@ -91,7 +92,7 @@ class PretrainStep(nn.Module):
         Args:
             batch: with `masked_text` and `mlm_labels` where MLM is enabled, with `regions` where
                 the model reads them, `masked_regions` where hidden ones are predicted,
-                `hidden_patches` and `codes` for MIM, `features` for VQ-KD.
+                `hidden_patches` for MIM and MPP, `codes` for MIM, `features` for VQ-KD.
             seed: keys dropout and hard negatives; the caller varies it by step and rank.
             step: optimizer step, for the ramp of alpha, the end of patch dropping and the choice of
                 objective.

@@ -18,6 +18,7 @@ NEEDS = {
     "mrc": ("region heads",),
     "mrckl": ("region heads",),
     "mim": ("a code head",),
+    "mpp": ("a color head",),
     "vqkd": ("a codebook",),
 }
 
@@ -31,14 +32,14 @@ def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
             if part not in model.parts:
                 raise ValueError(f"objectives.{name} needs {part}; {missing(model.preset, part)}")
     fused = "fused image tokens"
-    if objectives.mim and objectives.mim_reads == "pair" and fused not in model.parts:
+    if objectives.masks_patches and objectives.mim_reads == "pair" and fused not in model.parts:
         raise ValueError(
             f"objectives.mim_reads 'pair' needs {fused}; {missing(model.preset, fused)}"
         )
-    if objectives.mim and (model.vision.patch_dropout or model.vision.max_patches):
+    if objectives.masks_patches and (model.vision.patch_dropout or model.vision.max_patches):
         raise ValueError(
-            "objectives.mim hides patches of whole images: model.vision.patch_dropout and "
-            "model.vision.max_patches must be 0"
+            "objectives.mim and objectives.mpp hide patches of whole images: "
+            "model.vision.patch_dropout and model.vision.max_patches must be 0"
         )
     idle = "a learned scale" in model.parts and not (objectives.itc or objectives.sigmoid)
     if objectives.hinge and idle:
