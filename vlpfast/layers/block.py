@@ -223,7 +223,9 @@ class Block(nn.Module):
         self.attention = SelfAttention(dim, heads, attention_dropout, layer_scale, sub_norm_eps)
         self.norm1 = ResidualNorm(dim, norm_eps, dropout)
         hidden = int(dim * mlp_ratio)
-        self.mlp_between = Mlp(dim, hidden, activation) if mlp_between else None
+        self.mlp_between = (
+            Mlp(dim, hidden, activation, layer_scale, sub_norm_eps) if mlp_between else None
+        )
         self.norm_between = ResidualNorm(dim, norm_eps, dropout) if mlp_between else None
         self.cross = CrossAttention(dim, heads, attention_dropout, layer_scale) if cross else None
         self.norm_cross = ResidualNorm(dim, norm_eps, dropout) if cross else None

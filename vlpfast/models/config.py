@@ -269,6 +269,7 @@ class ModelConfig:
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
         codes: of how many codes it predicts those of hidden patches (BEiT), 0: of none; training
             sets it to the tokenizer's.
+        color_head: whether it predicts the mean colour of hidden patches (ViLT's MPP).
         codebook: of a model that is a tokenizer.
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
     """
@@ -289,6 +290,7 @@ class ModelConfig:
     decoder: bool = False
     region_heads: bool = False
     codes: int = 0
+    color_head: bool = False
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     projection_bias: bool = False
     image_projection: bool = True
@@ -474,9 +476,9 @@ class ModelConfig:
 
     def _check_codes(self) -> None:
         vision = self.vision
-        if (self.codes or self.codebook.size) and vision.front != "patches":
+        if (self.hides_patches or self.codebook.size) and vision.front != "patches":
             raise ValueError(
-                "codes and codebook are of patches: vision.front must be 'patches', "
+                "codes, color_head and codebook are of patches: vision.front must be 'patches', "
                 f"got {vision.front!r}"
             )
         early = 0 < vision.early_layers < vision.depth
@@ -512,6 +514,11 @@ class ModelConfig:
         return self.fusion.depth > 0 and self.fusion.kind == "shared"
 
     @property
+    def hides_patches(self) -> bool:
+        """Whether the model has a mask token: it predicts something of hidden patches."""
+        return bool(self.codes) or self.color_head
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """What an objective may need and the model has, in the words of errors."""
         has = {
@@ -529,6 +536,7 @@ class ModelConfig:
             "a background class": self.region_heads and self.vision.region_kind != "lxmert",
             "a text tower": self.text.kind != "none",
             "a code head": self.codes > 0,
+            "a color head": self.color_head,
             "a codebook": self.codebook.size > 0,
         }
         return tuple(part for part, present in has.items() if present)

@@ -88,7 +88,7 @@ def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
         bias=config.patch_bias,
         position=config.position,
         class_token=config.class_token,
-        mask_token=model.codes > 0,
+        mask_token=model.hides_patches,
         **pixels,
     )
 
@@ -443,7 +443,16 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
         elif name.endswith(("tag.weight", "expert.weight")):
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         elif name.endswith(
-            ("embedding.token", "token_type", "class_token", "modality", ".kind", "probe", "start")
+            (
+                "embedding.token",
+                "token_type",
+                "class_token",
+                "mask_token",
+                "modality",
+                ".kind",
+                "probe",
+                "start",
+            )
         ):
             nn.init.normal_(parameter, std=0.02)
         elif name.endswith(".query"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vlpfast.objectives.passes import Loss, Passes
 from vlpfast.objectives.plan import Rows
@@ -18,18 +19,16 @@ def mim(passes: Passes) -> Loss:
 
     Source: Peng et al. 2022 (BEiT v2), eq. 5 and section 2.3, arXiv:2208.06366.
     """
-    if passes.model.config.one_stack:
-        return _fused_codes(passes, Rows.MASKED_IMAGE_ALONE)
-    batch, image = passes.batch, passes.student.image
-    ids, first = batch.hidden_patches, len(batch) if passes.plan.clean_image else 0
-    heads = [image.tokens] if image.class_head is None else [image.tokens, image.class_head]
-    hidden = [
-        passes.model.patches(tokens[first:]).take_along_dim(ids[..., None], 1) for tokens in heads
-    ]
-    target = batch.codes.gather(1, ids).flatten()
+    rows = Rows.MASKED_IMAGE_ALONE if passes.model.config.one_stack else None
+    return _code_loss(passes, rows)
+
+
+def _code_loss(passes: Passes, rows: Rows | None) -> Loss:
+    hidden = _hidden_patches(passes, rows)
+    target = passes.batch.codes.gather(1, passes.batch.hidden_patches).flatten()
     # One product with the codes' weights for both heads.
     inputs = passes.model.code_head_inputs(torch.stack(hidden).flatten(0, 2))
-    loss = linear_cross_entropy(*inputs[:2], target.repeat(len(heads)), inputs[2], reduction="sum")
+    loss = linear_cross_entropy(*inputs[:2], target.repeat(len(hidden)), inputs[2], reduction="sum")
     return loss, torch.tensor(target.shape[0], device=loss.device)
 
 
@@ -38,26 +37,49 @@ def mvm(passes: Passes) -> Loss:
 
     Source: Wang et al. 2022 (BEiT-3), section 2.2, arXiv:2208.10442.
     """
-    return _fused_codes(passes, Rows.MASKED_IMAGE)
+    return _code_loss(passes, Rows.MASKED_IMAGE)
 
 
-def _fused_codes(passes: Passes, rows: Rows) -> Loss:
-    """Cross-entropy with the codes of hidden patches, by fused image tokens of `rows`."""
-    batch, fused, config = passes.batch, passes.fused.image, passes.model.config
-    ids, first = batch.hidden_patches, passes.plan.first_sequence(rows, len(batch))
-    tokens = config.num_patches + config.vision.class_token
-    starts = torch.arange(len(batch), device=ids.device)[:, None] * tokens
-    places = fused.cu_seqlens[first] + starts + ids + config.vision.class_token
-    hidden, weight, bias = passes.model.code_head_inputs(fused.values[places.flatten()])
-    target = batch.codes.gather(1, ids).flatten()
-    loss = linear_cross_entropy(hidden, weight, target, bias, reduction="sum")
-    return loss, torch.tensor(target.shape[0], device=loss.device)
+def mpp(passes: Passes) -> Loss:
+    """Masked patch prediction: cross-entropy with the mean colour of hidden patches, a mean over
+    channels.
+
+    Deviations: the head is one linear map; blocks of patches are hidden, and none is left as it is.
+
+    Source: Kim et al. 2021 (ViLT), section 4.5, arXiv:2102.03334; dandelin/ViLT
+    vilt/modules/objectives.py `compute_mpp`.
+    """
+    ids, side = passes.batch.hidden_patches[..., None], passes.model.config.vision.patch_size
+    rows = Rows.MASKED_IMAGE if passes.model.config.one_stack else None
+    pixels = passes.batch.images.unfold(1, side, side).unfold(2, side, side)
+    colors = pixels.float().mean((-2, -1)).flatten(1, 2)  # (B, P, 3)
+    target = colors.take_along_dim(ids, 1).long()
+    logits = passes.model.color_logits(_hidden_patches(passes, rows)[0])
+    loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="sum") / 3
+    return loss, torch.tensor(ids.numel(), device=loss.device)
+
+
+def _hidden_patches(passes: Passes, rows: Rows | None) -> list[Tensor]:
+    """States (B, K, D) of the hidden patches: fused ones of `rows`, or without, each head's of the
+    vision tower.
+    """
+    batch, plan, image = passes.batch, passes.plan, passes.student.image
+    size, ids = len(batch), batch.hidden_patches[..., None]
+    if rows is None:
+        tokens = [image.tokens] if image.class_head is None else [image.tokens, image.class_head]
+        tokens = [t[size if plan.clean_image else 0 :] for t in tokens]
+        return [passes.model.patches(t).take_along_dim(ids, 1) for t in tokens]
+    fused, config = passes.fused.image, passes.model.config
+    length = config.num_patches + config.vision.class_token
+    starts = torch.arange(size, device=ids.device)[:, None] * length
+    first = fused.cu_seqlens[plan.first_sequence(rows, size)]
+    return [fused.values[first + starts + ids[..., 0] + config.vision.class_token]]
 
 
 def vqkd(passes: Passes) -> Loss:
     """A tokenizer's training: 1 - cosine of decoded and the teacher's features, and the mean square
     of how far vectors are from their codes, of each patch. `metrics` gets the cosine and the share
-    of codes in use.
+    of codes that the last step used.
 
     Source: Peng et al. 2022 (BEiT v2), eq. 3, arXiv:2208.06366; microsoft/unilm
     beit2/modeling_vqkd.py.
@@ -67,6 +89,6 @@ def vqkd(passes: Passes) -> Loss:
     cosine = F.cosine_similarity(out.features.float(), target.float(), dim=-1)
     count = cosine.numel()
     passes.metrics["vqkd_cosine"] = cosine.mean().detach()
-    passes.metrics["codes_in_use"] = model.tokenizer.codebook.share_in_use
+    passes.metrics["codes_in_use"] = model.tokenizer.codebook.in_use.clone()
     loss = (1 - cosine).sum() + passes.config.commitment * out.commitment
     return loss, torch.tensor(count, device=loss.device)

@@ -21,6 +21,7 @@ OBJECTIVES = (
     "mrckl",
     "mim",
     "mvm",
+    "mpp",
     "vqkd",
     "classify",
 )
@@ -62,6 +63,8 @@ class ObjectivesConfig:
         mim: masked image modelling: a frozen tokenizer's codes of hidden patches (BEiT);
             `mim_probability` is the share of patches hidden.
         mvm: masked vision modelling: the same where the image's text can be seen (BEiT-3).
+        mpp: masked patch prediction: the mean colour of hidden patches, each channel one of 256
+            values, from the image with its text where one stack reads both (ViLT), else alone.
         vqkd: a tokenizer's own training: a frozen teacher's features of each patch from its code;
             `commitment` weighs the distance of vectors from their codes.
         guide: run folder of the frozen model that gives these targets: of mim a tokenizer's (preset
@@ -97,6 +100,7 @@ class ObjectivesConfig:
     lm_label_smoothing: float = 0.0
     mim: float = 0.0
     mvm: float = 0.0
+    mpp: float = 0.0
     vqkd: float = 0.0
     mim_probability: float = 75 / 196
     commitment: float = 1.0
@@ -187,8 +191,8 @@ class ObjectivesConfig:
 
     @property
     def hides_patches(self) -> bool:
-        """Whether an objective predicts the codes of hidden patches."""
-        return bool(self.mim or self.mvm)
+        """Whether an objective predicts something of hidden patches."""
+        return bool(self.mim or self.mvm or self.mpp)
 
     def at(self, step: int, seed: int) -> ObjectivesConfig:
         """What optimizer step `step` trains: all, or the one of `mix` that (seed, step) draw."""

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from vlpfast.objectives.config import ObjectivesConfig
 
-# Objectives that read no text.
-IMAGES_ALONE = {"mim", "vqkd"}
-
 
 class Rows(Enum):
     """Groups of B (text, image) rows of the fusion call, in the order in which they are packed."""
@@ -86,11 +83,13 @@ class Plan:
         if config.itm and not hard:
             matching = (Rows.MIXED,)
         masked = (Rows.MASKED,) if config.mlm else ()
-        hidden = (Rows.MASKED_IMAGE,) if config.masks_regions or config.mvm else ()
+        pairs = config.masks_regions or config.mvm or (config.mpp and one_stack)
+        hidden = (Rows.MASKED_IMAGE,) if pairs else ()
         alone = (Rows.MASKED_TEXT_ALONE,) if config.mtm else ()
         if config.mim and one_stack:
             alone += (Rows.MASKED_IMAGE_ALONE,)
-        text = bool(config.weights.keys() - IMAGES_ALONE)
+        images_alone = {"mim", "vqkd"} if one_stack else {"mim", "vqkd", "mpp"}
+        text = bool(config.weights.keys() - images_alone)
         contrast = bool(config.itc or config.sigmoid or config.hinge)
         return cls(
             masked_text=bool(config.mlm),

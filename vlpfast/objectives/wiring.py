@@ -21,7 +21,8 @@ NEEDS = {
     "mtm": ("one stack for both", "a token head"),
     "lm": ("a text decoder",),
     "mim": ("a code head",),
-    "mvm": ("one stack for both", "a code head"),
+    "mvm": ("fused image tokens", "a code head"),
+    "mpp": ("a color head",),
     "vqkd": ("a codebook",),
     "classify": ("a joint space", "a learned scale"),
 }
@@ -49,8 +50,8 @@ def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
         raise ValueError(f"objectives.mlm_causal needs {part}; {missing(model.preset, part)}")
     if objectives.hides_patches and (model.vision.patch_dropout or model.vision.max_patches):
         raise ValueError(
-            "objectives.mim hides patches of whole images: model.vision.patch_dropout and "
-            "model.vision.max_patches must be 0"
+            "objectives.mim, mvm and mpp hide patches of whole images: "
+            "model.vision.patch_dropout and model.vision.max_patches must be 0"
         )
     idle = "a learned scale" in model.parts and not (objectives.itc or objectives.sigmoid)
     if objectives.hinge and idle:
