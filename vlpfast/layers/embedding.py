@@ -75,7 +75,9 @@ class PatchEmbedding(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """Token, position and (BERT) token-type vectors summed; optional LayerNorm."""
+    """Token, position and (BERT) token-type vectors summed; optional LayerNorm. `more_positions`
+    are for tokens that others add.
+    """
 
     def __init__(
         self,
@@ -85,10 +87,12 @@ class TokenEmbedding(nn.Module):
         context_length: int,
         token_types: int,
         norm_eps: float | None,
+        more_positions: int = 0,
     ) -> None:
         super().__init__()
+        self.context_length = context_length
         self.token = nn.Parameter(torch.empty(vocab_size, dim))
-        self.position = nn.Parameter(torch.empty(context_length, dim))
+        self.position = nn.Parameter(torch.empty(context_length + more_positions, dim))
         self.token_type = nn.Parameter(torch.empty(token_types, dim)) if token_types else None
         self.norm = ResidualNorm(dim, norm_eps) if norm_eps is not None else None
 
@@ -96,11 +100,11 @@ class TokenEmbedding(nn.Module):
         """Packed ids (T,) -> (T, dim); the sequences' first tokens stand at position `start`.
 
         Raises:
-            ValueError: a sequence may be longer than the position table.
+            ValueError: a sequence may be longer than `context_length`.
         """
         end = start + text.max_len
-        if end > self.position.shape[0]:
-            raise ValueError(f"text must have at most {self.position.shape[0]} tokens, got {end}")
+        if end > self.context_length:
+            raise ValueError(f"text must have at most {self.context_length} tokens, got {end}")
         positions = self.position[start + text.positions()]
         x = nn.functional.embedding(text.values, self.token) + positions
         if self.token_type is not None:
