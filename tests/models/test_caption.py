@@ -193,6 +193,9 @@ def test_the_class_tokens_position_is_no_place_for_a_word(writer):
 def test_a_decoder_must_not_see_later_words():
     with pytest.raises(ValueError, match=r"fusion\.causal needs .* text\.causal True"):
         create_model("coca", "tiny", text=preset_config("albef", "tiny").text)
+    text = replace(preset_config("clip").text, pool="appended", causal=False)
+    with pytest.raises(ValueError, match=r"text\.pool 'appended' needs .* causal False"):
+        create_model("clip", text=text)
     with pytest.raises(
         ValueError, match="'albef' has no text decoder; presets that have: 'blip', 'coca'"
     ):
