@@ -183,9 +183,19 @@ def test_ragged_append_and_but_last_are_inverse():
     assert text.without_last().lens.tolist() == [2, 0, 1]
 
 
+def test_the_class_tokens_position_is_no_place_for_a_word(writer):
+    text = lambda length: Ragged.from_lists([[1] * length])
+    assert len(writer.encode_text(text(12)).tokens.values) == 12
+    with pytest.raises(ValueError, match="text must have at most 12 tokens, got 13"):
+        writer.encode_text(text(13))
+
+
 def test_a_decoder_must_not_see_later_words():
     with pytest.raises(ValueError, match=r"fusion\.causal needs .* text\.causal True"):
         create_model("coca", "tiny", text=preset_config("albef", "tiny").text)
+    text = replace(preset_config("clip").text, pool="appended", causal=False)
+    with pytest.raises(ValueError, match=r"text\.pool 'appended' needs .* causal False"):
+        create_model("clip", text=text)
     with pytest.raises(
         ValueError, match="'albef' has no text decoder; presets that have: 'blip', 'coca'"
     ):

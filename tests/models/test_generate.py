@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.models.test_caption import WRITERS, images, small
+from vlpfast.layers.keys import KeyCache
 from vlpfast.models import VLPModel
 from vlpfast.ragged import Ragged
 
@@ -66,6 +67,20 @@ def test_each_step_reads_one_token_of_each_beam_and_one_copy_of_the_keys(writer)
     search(writer, num_beams=4)
     assert seen[0] == (12, 3, [0] * 4 + [1] * 4 + [2] * 4)
     assert set(map(str, seen)) == {str(seen[0])}
+
+
+@torch.no_grad()
+def test_a_prompt_of_several_tokens_goes_into_the_cache_at_once(writer):
+    """Three tokens, one, two: the states are those of all six together."""
+    whole = torch.tensor([[1, 7, 8, 9, 30, 5], [1, 9, 9, 4, 8, 7]])
+    keys, rows = writer.image_keys(writer.encode_image(images(2)).tokens), torch.arange(2)
+    expected = writer.decode(Ragged.from_dense(whole), keys, rows).values.unflatten(0, (2, 6))
+    cache, states = KeyCache(2, 6), []
+    for part in whole.split([3, 1, 2], dim=1):
+        out = writer.decode(Ragged.from_dense(part), keys, rows, cache=cache)
+        states.append(out.values.unflatten(0, part.shape))
+        cache.advance(part.shape[1])
+    torch.testing.assert_close(torch.cat(states, 1), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

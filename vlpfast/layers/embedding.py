@@ -89,7 +89,9 @@ class PatchEmbedding(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """Token, position and (BERT) token-type vectors summed; optional LayerNorm."""
+    """Token, position and (BERT) token-type vectors summed; optional LayerNorm. `more_positions`
+    are for tokens that others add.
+    """
 
     def __init__(
         self,
@@ -100,12 +102,14 @@ class TokenEmbedding(nn.Module):
         token_types: int,
         norm_eps: float | None,
         position: str = "learned",
+        more_positions: int = 0,
     ) -> None:
         super().__init__()
         self.context_length = context_length
         self.token = nn.Parameter(torch.empty(vocab_size, dim))
+        rows = context_length + more_positions
         learned = position == "learned"
-        self.position = nn.Parameter(torch.empty(context_length, dim)) if learned else None
+        self.position = nn.Parameter(torch.empty(rows, dim)) if learned else None
         self.token_type = nn.Parameter(torch.empty(token_types, dim)) if token_types else None
         self.norm = ResidualNorm(dim, norm_eps) if norm_eps is not None else None
 

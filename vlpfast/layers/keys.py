@@ -1,5 +1,5 @@
-"""Keys and values that are kept: of earlier tokens while a text is written, and of images for all
-layers of a stack.
+"""Keys and values: of earlier tokens, kept while a text is written, and of images, normalised for
+each layer of a stack.
 """
 
 from __future__ import annotations

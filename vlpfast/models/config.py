@@ -466,6 +466,13 @@ class ModelConfig:
                 "text.kind 'none' is a model of images alone: embed_dim, mlm_head and fusion.depth "
                 "must be 0"
             )
+        stack = text.kind == "transformer" and text.norm == "pre" and text.depth > 0
+        if text.pool == "appended" and not (stack and text.causal):
+            raise ValueError(
+                "text.pool 'appended' needs a causal transformer that normalises before each "
+                f"branch: no token may see the class token. Got {text.kind!r}, causal "
+                f"{text.causal}, norm {text.norm!r}, depth {text.depth}"
+            )
         if text.kind == "gru" and text.word_dim < 1:
             raise ValueError(f"text.word_dim of kind 'gru' must be > 0, got {text.word_dim}")
         if text.kind == "gru" and (self.mlm_head or self.fusion.depth):

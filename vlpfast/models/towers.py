@@ -218,7 +218,8 @@ class TextTower(nn.Module):
         self.embedding = TokenEmbedding(
             config.dim,
             vocab_size=config.vocab_size,
-            context_length=config.context_length + int(appended),
+            context_length=config.context_length,
+            more_positions=int(appended),
             token_types=config.token_types,
             norm_eps=config.norm_eps if config.embed_norm else None,
             position=config.position,
