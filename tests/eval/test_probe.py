@@ -68,6 +68,10 @@ class Seer(nn.Module):
         seen = keys[kv_index][text.row_ids()]
         return text.with_values(torch.stack([text.values, seen], dim=1))
 
+    def fuse_pairs(self, text: Ragged, keys: Tensor, kv_index: Tensor) -> Ragged:
+        """What its `match` reads: text alone."""
+        return self.fuse(text, keys, kv_index)
+
     def token_logits(self, hidden: Tensor) -> Tensor:
         return hidden[:, 1]
 
