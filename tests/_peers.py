@@ -41,8 +41,9 @@ def open_clip() -> ModuleType:
     return importlib.import_module("open_clip")
 
 
-def open_clip_model(*, with_timm: bool = False) -> ModuleType:
-    """open_clip's model.py with the modules of the package that it imports, and no others.
+def open_clip_model(module: str = "model", *, with_timm: bool = False) -> ModuleType:
+    """open_clip's model.py (or another module of it) with the modules of the package that it
+    imports, and no others.
 
     What its transformers do not use is hidden meanwhile: transformers and (unless asked for) timm,
     which it can do without, and torchvision, of which it wants one class.
@@ -63,7 +64,7 @@ def open_clip_model(*, with_timm: bool = False) -> ModuleType:
     sys.modules.setdefault(bare.__name__, bare)
     sys.modules.update(stubs)
     try:
-        return importlib.import_module(f"{bare.__name__}.model")
+        return importlib.import_module(f"{bare.__name__}.{module}")
     finally:
         for name in stubs:
             del sys.modules[name]

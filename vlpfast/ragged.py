@@ -99,6 +99,29 @@ class Ragged:
         """(B,) int64: packed index of each sequence's last token."""
         return self.cu_seqlens[1:].long() - 1
 
+    def but_last(self) -> Tensor:
+        """(T - B,) int64: packed indices of all tokens but the last of each sequence."""
+        size = self.values.shape[0] - len(self)
+        rows = torch.arange(len(self), device=self.cu_seqlens.device)
+        ends = rows.repeat_interleave(self.lens - 1, output_size=size)
+        return torch.arange(size, device=ends.device) + ends
+
+    def without_last(self) -> Ragged:
+        """Each sequence without its last token."""
+        rows = torch.arange(len(self) + 1, dtype=torch.int32, device=self.cu_seqlens.device)
+        return Ragged(self.values[self.but_last()], self.cu_seqlens - rows, self.max_len - 1)
+
+    def append(self, last: Tensor) -> Ragged:
+        """Each sequence with one token more, `last` (B, ...), at its end."""
+        size, total = len(self), self.values.shape[0]
+        rows = torch.arange(size + 1, dtype=torch.int32, device=self.cu_seqlens.device)
+        grown = Ragged(self.values, self.cu_seqlens + rows, self.max_len + 1)
+        own = torch.arange(total, device=self.values.device)
+        source = own.new_empty(total + size)
+        source[own + self.row_ids()] = own
+        source[grown.last()] = total + rows[:-1].long()
+        return grown.with_values(torch.cat([self.values, last])[source])
+
     def token_ids_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Packed indices of the tokens of sequences `rows` (R,), and offsets (R + 1,) int32."""
         lens = self.lens[rows]

@@ -283,11 +283,77 @@ def _open_clip_siglip(config: ModelConfig) -> Layout:
     return Layout("open_clip SigLIP", tuple(rules), (("text.attn_mask", "a constant"),))
 
 
+_OPEN_CLIP_POOLER = {
+    "query": "query",
+    "norm_q.{k}": "ln_q.{k}",
+    "norm_k.{k}": "ln_k.{k}",
+    "out.{k}": "attn.out_proj.{k}",
+}
+_OPEN_CLIP_OWN_TEXT = {
+    "attention.qkv.{k}": "attn.in_proj_{k}",
+    "attention.out.{k}": "attn.out_proj.{k}",
+    "norm1.{k}": "ln_1.{k}",
+    "norm_between.{k}": "ln_2.{k}",
+    "mlp_between.fc1.{k}": "mlp.c_fc.{k}",
+    "mlp_between.fc2.{k}": "mlp.c_proj.{k}",
+}
+_OPEN_CLIP_READS_IMAGE = {
+    "cross.out.{k}": "attn.out_proj.{k}",
+    "norm_cross.{k}": "ln_1.{k}",
+    "norm2.{k}": "ln_2.{k}",
+    "mlp.fc1.{k}": "mlp.c_fc.{k}",
+    "mlp.fc2.{k}": "mlp.c_proj.{k}",
+}
+
+
+def _open_clip_coca(config: ModelConfig) -> Layout:
+    """With `attentional_pool` "cascade", whose pooler is as wide as the vision tower."""
+    depth = config.fusion.depth
+    names = {
+        "scale": "logit_scale",
+        "vision.embedding.weight": "visual.conv1.weight",
+        "vision.embedding.class_token": "visual.class_embedding",
+        "vision.embedding.position": "visual.positional_embedding",
+        "vision.embed_norm.{k}": "visual.ln_pre.{k}",
+        "vision.norm.{k}": "visual.ln_post.{k}",
+        "text.class_token": "text.cls_emb",
+        "fusion.norm.{k}": "text_decoder.ln_final.{k}",
+    }
+    projections = {
+        "image_projection.weight": "visual.proj",
+        "text_projection.weight": "text.text_projection",
+        "lm_head.weight": "text_decoder.text_projection",
+    }
+    rules = [
+        *_rules(names),
+        *_rules(projections, transpose=True),
+        *_stack(_OPEN_CLIP_BLOCK, "vision", "visual.transformer.resblocks", config.vision.depth),
+        *_open_clip_text(config, "text."),
+    ]
+    for ours, theirs in (("queries", "attn_pool"), ("pooler", "attn_pool_contrastive")):
+        here, there = f"vision.{ours}.", f"visual.{theirs}."
+        rules += _rules(_OPEN_CLIP_POOLER, here, there)
+        rules += _rules({"q.{k} kv.{k}": "attn.in_proj_{k}"}, here, there, shares=(1, 2))
+    for n in range(depth):
+        here, reads = f"fusion.blocks.{n}.", f"text_decoder.cross_attn.{n}."
+        rules += _rules(_OPEN_CLIP_OWN_TEXT, here, f"text_decoder.resblocks.{n}.")
+        rules += _rules(_OPEN_CLIP_READS_IMAGE, here, reads)
+        keys, norm = (f"fusion.{part}.{{k}}#{n}/{depth}" for part in ("image_kv", "key_norm"))
+        joined = {f"{here}cross.q.{{k}} {keys}": f"{reads}attn.in_proj_{{k}}"}
+        rules += _rules(joined, shares=(1, 2)) + _rules({norm: f"{reads}ln_1_kv.{{k}}"})
+    constants = (("text.attn_mask", "a constant"), ("text_decoder.attn_mask", "a constant"))
+    return Layout("open_clip CoCa", tuple(rules), constants)
+
+
 LAYOUTS: dict[str, dict[str, Callable[[ModelConfig], Layout]]] = {
     "transformers": {
         "align": _transformers_align,
         "clip": lambda config: transformers_clip(config.vision.depth, config.text.depth),
         "siglip": _transformers_siglip,
     },
-    "open_clip": {"clip": _open_clip_clip, "siglip": _open_clip_siglip},
+    "open_clip": {
+        "clip": _open_clip_clip,
+        "coca": _open_clip_coca,
+        "siglip": _open_clip_siglip,
+    },
 }

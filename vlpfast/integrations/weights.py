@@ -22,7 +22,7 @@ class Rule:
     """Our tensors and the other library's that hold the same numbers, each side joined by rows.
 
     Attributes:
-        ours, theirs: names.
+        ours, theirs: names; "name#2/3" of ours is the last third of a tensor's rows.
         shares: of the joined rows, what each of ours has; theirs have equal parts.
         transpose: theirs is multiplied from the right.
         lead: leading dimensions of size 1 that theirs has more.
@@ -48,7 +48,7 @@ class Rule:
 
     def export(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors from ours."""
-        parts = [state[name] for name in self.ours]
+        parts = [_part(state, name) for name in self.ours]
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]
         joined = joined.T if self.transpose else joined
         joined = joined.reshape((1,) * self.lead + joined.shape)
@@ -123,6 +123,7 @@ def convert(layout: Layout, source: Mapping[str, Tensor]) -> tuple[dict[str, Ten
         for name, tensor in rule.import_(source).items():
             state[name] = tensor
             used.append((name, " + ".join(rule.theirs), tuple(tensor.shape)))
+    state = _whole(state)
     unused = [(name, layout.reason(name)) for name in sorted(source.keys() - wanted)]
     return state, LoadReport(layout.name, tuple(used), tuple(unused))
 
@@ -193,7 +194,8 @@ def _layout(model: VLPModel, library: str) -> Layout:
             f"{library} has no model of preset {config.preset!r}; it has {sorted(LAYOUTS[library])}"
         )
     layout = LAYOUTS[library][config.preset](config)
-    own, placed = model.state_dict().keys(), {name for rule in layout.rules for name in rule.ours}
+    own = model.state_dict().keys()
+    placed = {name.partition("#")[0] for rule in layout.rules for name in rule.ours}
     if own != placed:
         raise ValueError(
             f"{layout.name} is not built as this model: "
@@ -203,6 +205,22 @@ def _layout(model: VLPModel, library: str) -> Layout:
             )
         )
     return layout
+
+
+def _part(state: Mapping[str, Tensor], name: str) -> Tensor:
+    name, _, part = name.partition("#")
+    if not part:
+        return state[name]
+    number, count = map(int, part.split("/"))
+    return state[name].chunk(count)[number]
+
+
+def _whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parts "name#0/2", "name#1/2" joined under their name; they stand in order."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, tensor in state.items():
+        parts.setdefault(name.partition("#")[0], []).append(tensor)
+    return {name: torch.cat(some) if len(some) > 1 else some[0] for name, some in parts.items()}
 
 
 def _lists(*lists: tuple[str, list[str]], most: int = 8) -> str:

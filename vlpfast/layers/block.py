@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlpfast.layers.keys import KeyCache
 from vlpfast.ops.attention import attention
 from vlpfast.ops.bias_gelu import bias_gelu
 from vlpfast.ops.residual_norm import residual_norm
@@ -29,11 +30,14 @@ class Layout:
         blocks: one int per token, a key is visible iff its block is not above the query's; or
             "causal".
         routes: kinds of tokens, for blocks with experts (`layers.moe`).
+        cache: earlier tokens' keys, for packed sequences of `max_len` tokens each that go on from
+            there; what they see is then all before and up to themselves.
     """
 
     cu_seqlens: Tensor | None = None
     max_len: int | None = None
     blocks: Tensor | Literal["causal"] | None = None
+    cache: KeyCache | None = None
     routes: Routes | None = None
 
 
@@ -81,6 +85,9 @@ class SelfAttention(nn.Module):
     def mix(self, qkv: Tensor, layout: Layout, seed: int) -> Tensor:
         """Heads' mixed values (..., D), side by side, of projections (..., 3 D)."""
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        if layout.cache is not None:
+            blocks = layout.blocks if isinstance(layout.blocks, Tensor) else None
+            return layout.cache.attend(self, q, k, v, blocks).flatten(-2)
         mixed = attention(
             q,
             k,
@@ -137,7 +144,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, optional cross-attention, MLP, with residual sums.
+    """Self-attention, optional cross-attention, MLP, with residual sums; `mlp_between` puts another
+    MLP before the cross-attention.
 
     The state that passes between blocks is (branch, residual): the last branch's output, not yet
         added, and the sum of all
@@ -156,14 +164,18 @@ class Block(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         cross: bool = False,
+        mlp_between: bool = False,
     ) -> None:
         super().__init__()
         self.post_norm = norm == "post"
         self.attention = SelfAttention(dim, heads, attention_dropout)
         self.norm1 = ResidualNorm(dim, norm_eps, dropout)
+        hidden = int(dim * mlp_ratio)
+        self.mlp_between = Mlp(dim, hidden, activation) if mlp_between else None
+        self.norm_between = ResidualNorm(dim, norm_eps, dropout) if mlp_between else None
         self.cross = CrossAttention(dim, heads, attention_dropout) if cross else None
         self.norm_cross = ResidualNorm(dim, norm_eps, dropout) if cross else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation)
+        self.mlp = Mlp(dim, hidden, activation)
         self.norm2 = ResidualNorm(dim, norm_eps, dropout)
 
     def forward(
@@ -175,6 +187,8 @@ class Block(nn.Module):
         seed: int = 0,
     ) -> tuple[Tensor | None, Tensor]:
         branches = [(self.norm1, lambda x: self.attention(x, layout, fold_seed(seed, 1)))]
+        if self.mlp_between is not None:
+            branches.append((self.norm_between, self.mlp_between))
         if self.cross is not None:
             branches.append(
                 (self.norm_cross, lambda x: self.cross(x, layout, keys, fold_seed(seed, 2)))

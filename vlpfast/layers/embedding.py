@@ -92,17 +92,17 @@ class TokenEmbedding(nn.Module):
         self.token_type = nn.Parameter(torch.empty(token_types, dim)) if token_types else None
         self.norm = ResidualNorm(dim, norm_eps) if norm_eps is not None else None
 
-    def forward(self, text: Ragged) -> Tensor:
-        """Packed ids (T,) -> (T, dim).
+    def forward(self, text: Ragged, start: int = 0) -> Tensor:
+        """Packed ids (T,) -> (T, dim); the sequences' first tokens stand at position `start`.
 
         Raises:
             ValueError: a sequence may be longer than the position table.
         """
-        if text.max_len > self.position.shape[0]:
-            raise ValueError(
-                f"text must have at most {self.position.shape[0]} tokens, got {text.max_len}"
-            )
-        x = nn.functional.embedding(text.values, self.token) + self.position[text.positions()]
+        end = start + text.max_len
+        if end > self.position.shape[0]:
+            raise ValueError(f"text must have at most {self.position.shape[0]} tokens, got {end}")
+        positions = self.position[start + text.positions()]
+        x = nn.functional.embedding(text.values, self.token) + positions
         if self.token_type is not None:
             x = x + self.token_type[0]
         return x if self.norm is None else self.norm(x)[0]

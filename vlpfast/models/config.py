@@ -55,8 +55,11 @@ class VisionConfig(StackConfig):
         position: "learned", or fixed 2-D "sincos" (FLIP, MAE).
         class_token: whether a learned token stands before the patches (SigLIP has none).
         pool: "first" takes the class token, "mean" averages all tokens (FLIP), "map" lets a learned
-            query attend to them (SigLIP). Of a CNN, "mean" pools the last feature map (ALIGN) and
-            "first" takes the vector that its classifier reads (VSE++).
+            query attend to them (SigLIP), "cascade" lets `num_queries` learned queries attend to
+            them, which are then the image's tokens, and one more query to those (CoCa). Of a CNN,
+            "mean" pools the last feature map (ALIGN) and "first" takes the vector that its
+            classifier reads (VSE++).
+        num_queries: of pool "cascade".
         unit_features: L2-normalise the pooled features before they are projected (VSE++).
         patch_dropout: share of patches dropped in training, before they are embedded (FLIP).
         patch_dropout_steps: optimizer steps for which they are; 0 is all. What follows is FLIP's
@@ -73,7 +76,7 @@ class VisionConfig(StackConfig):
     embed_norm: bool = False
     position: Literal["learned", "sincos"] = "learned"
     class_token: bool = True
-    pool: Literal["first", "mean", "map"] = "first"
+    pool: Literal["first", "mean", "map", "cascade"] = "first"
     unit_features: bool = False
     patch_dropout: float = 0.0
     patch_dropout_steps: int = 0
@@ -82,6 +85,7 @@ class VisionConfig(StackConfig):
     cnn: str = "small"
     region_dim: int = 0
     region_classes: int = 0
+    num_queries: int = 0
 
     def num_kept(self, num_patches: int) -> int:
         """Of `num_patches`, how many a training step sees."""
@@ -105,7 +109,9 @@ class TextConfig(StackConfig):
         vocab_size: rows of the token table.
         context_length: longest sequence, tokens.
         causal: each token sees itself and earlier ones only (CLIP).
-        pool: "first" takes the start token, "last" the end token.
+        pool: "first" takes the start token, "last" the end token; "appended" a learned class token
+            after it, whose position is the table's last whatever the text's length, and fusion then
+            reads the others before the last norm (CoCa).
         embed_norm: LayerNorm after the embeddings (BERT).
         token_types: rows of the token-type table; text uses row 0 (BERT has 2, CLIP none).
     """
@@ -115,7 +121,7 @@ class TextConfig(StackConfig):
     vocab_size: int = 4096
     context_length: int = 77
     causal: bool = False
-    pool: Literal["first", "last"] = "last"
+    pool: Literal["first", "last", "appended"] = "last"
     embed_norm: bool = False
     token_types: int = 0
 
@@ -128,18 +134,26 @@ class FusionConfig(StackConfig):
         kind: "cross", text blocks that read images by cross-attention (ALBEF); "concat", blocks
             over text and image tokens in one sequence (UNITER, ViLT); or "shared", such blocks that
             encode images alone and texts alone too, into the joint space, and the words that are
-            predicted (Uni-Perceiver).
+            predicted (Uni-Perceiver); "prefix", a causal decoder of text after the image tower's
+            tokens, which a linear connector brings into its sequence (MetaLM).
         modality_types: a learned vector is added to each text token, another to each image token.
         pooler: the matching head reads tanh(linear(first token)) (BERT).
         moe_experts: of every second block from the first, experts in MLP and self-attention, of
             which a kind of tokens is given `moe_top_k` by its attributes; 0: none. "shared" only.
+        causal: each text token sees itself and earlier ones only, and the image: fusion then
+            decodes and has no matching head ("cross", CoCa; "prefix" must be).
+        key_norm: a LayerNorm for each layer before images' keys and values (open_clip's CoCa).
+        mlp_between: an MLP before cross-attention too (open_clip's CoCa).
     """
 
-    kind: Literal["cross", "concat", "shared"] = "cross"
+    kind: Literal["cross", "concat", "shared", "prefix"] = "cross"
     modality_types: bool = False
     pooler: bool = False
     moe_experts: int = 0
     moe_top_k: int = 2
+    causal: bool = False
+    key_norm: bool = False
+    mlp_between: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,8 @@ class ModelConfig:
             first value (SigLIP).
         vision, text, fusion: the stacks; `fusion.depth` 0 is a dual-tower model.
         mlm_head: whether the model predicts tokens (BERT's transform with the token table tied).
+        lm_head: what predicts the next token of a text that is decoded: "linear" is a vocabulary
+            weight of its own (CoCa); "none": the model writes no text.
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
     """
@@ -177,6 +193,7 @@ class ModelConfig:
     text: TextConfig
     fusion: FusionConfig = field(default_factory=lambda: FusionConfig(dim=0, depth=0, heads=1))
     mlm_head: bool = False
+    lm_head: Literal["none", "linear"] = "none"
     region_heads: bool = False
     projection_bias: bool = False
     image_projection: bool = True
@@ -207,10 +224,25 @@ class ModelConfig:
             raise ValueError(
                 f"fusion.dim must equal text.dim {self.text.dim}, got {self.fusion.dim}"
             )
-        if self.fusion.depth and self.fusion.kind != "cross" and self.vision.dim != self.text.dim:
+        if self.in_sequence and self.fusion.kind != "prefix" and self.vision.dim != self.text.dim:
             raise ValueError(
                 f"vision.dim must equal text.dim {self.text.dim} where they share a sequence, "
                 f"got {self.vision.dim}"
+            )
+        if self.fusion.kind == "prefix":
+            if not self.fusion.causal or self.text.depth:
+                raise ValueError(
+                    "fusion.kind 'prefix' is the decoder: fusion.causal must be True, text.depth "
+                    f"must be 0, got {self.fusion.causal} and {self.text.depth}"
+                )
+        elif self.fusion.causal and (self.fusion.kind != "cross" or not self.text.causal):
+            raise ValueError(
+                "fusion.causal needs fusion.kind 'cross' and text.causal True: what decodes must "
+                f"not see later words, got {self.fusion.kind!r} and {self.text.causal}"
+            )
+        if (self.lm_head != "none") != self.fusion.causal:
+            raise ValueError(
+                f"lm_head goes with fusion.causal, got {self.lm_head!r} and {self.fusion.causal}"
             )
         if self.region_heads and self.vision.front != "regions":
             raise ValueError(
@@ -231,10 +263,15 @@ class ModelConfig:
         vision = self.vision
         if vision.keep_multiple < 1:
             raise ValueError(f"vision.keep_multiple must be >= 1, got {vision.keep_multiple}")
-        if vision.front == "cnn" and (vision.pool == "map" or vision.patch_dropout):
+        if vision.front == "cnn" and (vision.pool in ("map", "cascade") or vision.patch_dropout):
             raise ValueError(
-                "vision.pool 'map' and vision.patch_dropout are for patches, not for "
+                "vision.pool 'map' and 'cascade' and vision.patch_dropout are for patches, not for "
                 "vision.front 'cnn'"
+            )
+        if (vision.pool == "cascade") != (vision.num_queries > 0):
+            raise ValueError(
+                "vision.num_queries must be > 0 with vision.pool 'cascade', and 0 with others, got "
+                f"{vision.num_queries}"
             )
         if vision.front == "patches" and vision.pool == "first" and not vision.class_token:
             raise ValueError("vision.pool 'first' takes the class token: set vision.class_token")
@@ -275,6 +312,11 @@ class ModelConfig:
             )
 
     @property
+    def in_sequence(self) -> bool:
+        """Whether texts and images are tokens of the same sequences."""
+        return self.fusion.depth > 0 and self.fusion.kind != "cross"
+
+    @property
     def shared(self) -> bool:
         """Whether one stack encodes images, texts and both."""
         return self.fusion.depth > 0 and self.fusion.kind == "shared"
@@ -286,9 +328,10 @@ class ModelConfig:
             "a joint space": self.embed_dim > 0,
             "a learned scale": self.embed_dim > 0 and self.scale != "none",
             "a learned bias": self.logit_bias,
-            "a fusion tower": self.fusion.depth > 0,
-            "a matching head": self.fusion.depth > 0 and not self.shared,
-            "fused image tokens": self.fusion.depth > 0 and self.fusion.kind != "cross",
+            "a fusion tower": self.fusion.depth > 0 and not self.fusion.causal,
+            "a matching head": self.fusion.depth > 0 and not (self.fusion.causal or self.shared),
+            "a text decoder": self.lm_head != "none" or self.shared,
+            "fused image tokens": self.in_sequence and not self.fusion.causal,
             "a token head": self.mlm_head or self.shared,
             "region heads": self.region_heads,
         }

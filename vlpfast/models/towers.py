@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
 from vlpfast.layers.embedding import PatchEmbedding, TokenEmbedding
 from vlpfast.layers.grid import GridEmbedding
+from vlpfast.layers.keys import KeyCache, KeyNorm
 from vlpfast.layers.moe import MoeBlock
-from vlpfast.layers.pooler import MapPooler
+from vlpfast.layers.pooler import MapPooler, QueryPooler
 from vlpfast.layers.region import RegionEmbedding
 from vlpfast.models.config import FusionConfig, ModelConfig, StackConfig, TextConfig, VisionConfig
 from vlpfast.models.outputs import FusedOutput
@@ -24,7 +25,9 @@ from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
 
 
-def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
+def _blocks(
+    config: StackConfig, *, cross: bool = False, mlp_between: bool = False
+) -> nn.ModuleList:
     experts = getattr(config, "moe_experts", 0)
     routed = {"num_experts": experts, "top_k": config.moe_top_k} if experts else {}
     return nn.ModuleList(
@@ -38,6 +41,7 @@ def _blocks(config: StackConfig, *, cross: bool = False) -> nn.ModuleList:
             dropout=config.dropout,
             attention_dropout=config.attention_dropout,
             cross=cross,
+            mlp_between=mlp_between,
             **(routed if number % 2 == 0 else {}),
         )
         for number in range(config.depth)
@@ -84,17 +88,17 @@ class VisionTower(nn.Module):
         self.embed_norm = ResidualNorm(config.dim, config.norm_eps) if config.embed_norm else None
         self.blocks = _blocks(config)
         self.norm = _final_norm(config)
-        self.pooler = (
-            MapPooler(
+        queries = lambda count: QueryPooler(config.dim, config.heads, count, config.norm_eps)
+        self.queries = queries(config.num_queries) if config.num_queries else None
+        self.pooler = queries(1) if config.pool == "cascade" else None
+        if config.pool == "map":
+            self.pooler = MapPooler(
                 config.dim,
                 config.heads,
                 mlp_ratio=config.mlp_ratio,
                 norm_eps=config.norm_eps,
                 activation=config.activation,
             )
-            if config.pool == "map"
-            else None
-        )
         self.mean_pool = config.pool == "mean"
 
     def forward(
@@ -109,37 +113,58 @@ class VisionTower(nn.Module):
         for number, block in enumerate(self.blocks):
             branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
         out = _finish(self.norm, branch, residual, seed)
+        if self.queries is not None:
+            out = self.queries(out)
         return out if packed is None else packed.with_values(out)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, D), as `VisionConfig.pool` says."""
         if self.pooler is not None:
-            return self.pooler(tokens)
+            return self.pooler(tokens).flatten(1)
         return tokens.mean(1) if self.mean_pool else tokens[:, 0]
 
 
 class TextTower(nn.Module):
-    """Packed token ids -> packed tokens (T, D)."""
+    """Packed token ids -> packed tokens (T, D); with `pool` "appended" each sequence has its class
+    token at the end, and only that is normalised.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
+        appended = config.pool == "appended"
         self.embedding = TokenEmbedding(
             config.dim,
             vocab_size=config.vocab_size,
-            context_length=config.context_length,
+            context_length=config.context_length + int(appended),
             token_types=config.token_types,
             norm_eps=config.norm_eps if config.embed_norm else None,
         )
+        self.class_token = nn.Parameter(torch.empty(config.dim)) if appended else None
         self.causal = config.causal
         self.blocks = _blocks(config)
         self.norm = _final_norm(config)
 
-    def forward(self, text: Ragged, seed: int = 0) -> Ragged:
-        branch, residual = None, self.embedding(text)
-        layout = Layout(text.cu_seqlens, text.max_len, "causal" if self.causal else None)
+    def forward(self, text: Ragged, seed: int = 0, cache: KeyCache | None = None) -> Ragged:
+        """With a `cache`, `text` goes on from the tokens that are in it, and no class token ends
+        it.
+        """
+        ids, start = text, 0 if cache is None else cache.length
+        text = text.with_values(self.embedding(ids, start))
+        if self.class_token is not None and cache is None:
+            last = self.class_token + self.embedding.position[-1]
+            text = text.append(last.to(text.values.dtype).expand(len(text), -1))
+        branch, residual = None, text.values
+        layout = Layout(text.cu_seqlens, text.max_len, "causal" if self.causal else None, cache)
         for number, block in enumerate(self.blocks):
             branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
-        return text.with_values(_finish(self.norm, branch, residual, seed))
+        if self.class_token is None:
+            return text.with_values(_finish(self.norm, branch, residual, seed))
+        out = residual + branch
+        if cache is None:
+            last = text.last()
+            normed = self.norm(branch[last], residual[last], fold_seed(seed, -1))[0]
+            out = out.index_copy(0, last, normed.to(out.dtype))
+        return text.with_values(out)
 
 
 class ImageKeys(NamedTuple):
@@ -163,22 +188,35 @@ class FusionTower(nn.Module):
     One GEMM projects keys and values for all layers.
     """
 
-    def __init__(self, config: StackConfig, image_dim: int) -> None:
+    def __init__(self, config: FusionConfig, image_dim: int) -> None:
         super().__init__()
-        self.heads, self.depth = config.heads, config.depth
+        self.heads, self.depth, self.causal = config.heads, config.depth, config.causal
+        self.key_norm = (
+            KeyNorm(image_dim, config.depth, config.norm_eps) if config.key_norm else None
+        )
         self.image_kv = nn.Linear(image_dim, config.depth * 2 * config.dim)
-        self.blocks = _blocks(config, cross=True)
+        self.blocks = _blocks(config, cross=True, mlp_between=config.mlp_between)
         self.norm = _final_norm(config)
 
     def image_keys(self, image_tokens: Tensor) -> ImageKeys:
         """Image tokens (B, N, D_image) -> keys and values of every layer."""
-        return ImageKeys(self.image_kv(image_tokens).unflatten(-1, (self.depth, 2, self.heads, -1)))
+        if self.key_norm is None:
+            kv = self.image_kv(image_tokens)
+        else:
+            kv = self.key_norm(image_tokens, self.image_kv)
+        return ImageKeys(kv.unflatten(-1, (self.depth, 2, self.heads, -1)))
 
     def forward(
-        self, text: Ragged, keys: ImageKeys, kv_index: Tensor, seed: int = 0
+        self,
+        text: Ragged,
+        keys: ImageKeys,
+        kv_index: Tensor,
+        seed: int = 0,
+        cache: KeyCache | None = None,
     ) -> FusedOutput:
+        """With a `cache`, `text` goes on from the tokens that are in it."""
         branch, residual = None, text.values
-        layout = Layout(text.cu_seqlens, text.max_len)
+        layout = Layout(text.cu_seqlens, text.max_len, "causal" if self.causal else None, cache)
         for number, block in enumerate(self.blocks):
             branch, residual = block(
                 branch, residual, layout, keys.layer(number, kv_index), fold_seed(seed, number)
@@ -209,6 +247,7 @@ class ConcatTower(nn.Module):
         seed: int = 0,
         *,
         text_blocks: Tensor | None = None,
+        cache: KeyCache | None = None,
     ) -> FusedOutput:
         """Row r joins text r and image `kv_index[r]`; nothing is padded.
 
@@ -219,6 +258,8 @@ class ConcatTower(nn.Module):
             seed: keys dropout in training.
             text_blocks (T,): int >= 0, which text tokens see each other (`ops.attention`); images
                 are block 0, which all see. None: everything sees everything.
+            cache: an empty one, which then holds all these tokens' keys for `proceed`; rows are of
+                one length.
         """
         if self.modality is not None:
             text = text.with_values(text.values + self.modality[0])
@@ -231,13 +272,22 @@ class ConcatTower(nn.Module):
             of_images = keys.with_values(text_blocks.new_zeros(keys.values.shape[0]))
             blocks = Ragged.cat([text.with_values(text_blocks), of_images]).select(pieces).values
         # Every other offset: a text and its image are one sequence.
-        layout = Layout(packed.cu_seqlens[::2].contiguous(), text.max_len + keys.max_len, blocks)
-        layout = self._routed(layout, packed, own)
+        bounds, most = packed.cu_seqlens[::2].contiguous(), text.max_len + keys.max_len
+        layout = self._routed(Layout(bounds, most, blocks, cache), packed, own)
         packed = packed.with_values(self.run(packed.values, layout, seed))
+        if cache is not None:
+            cache.prefix = keys.max_len
         texts, images = packed.select(2 * own), packed.select(2 * own + 1)
         return FusedOutput(
             replace(texts, max_len=text.max_len), replace(images, max_len=keys.max_len)
         )
+
+    def proceed(self, text: Ragged, cache: KeyCache, seed: int = 0) -> Ragged:
+        """States of text tokens (T, D) that go on from the sequences in `cache`."""
+        if self.modality is not None:
+            text = text.with_values(text.values + self.modality[0])
+        layout = self._routed(Layout(text.cu_seqlens, text.max_len, cache=cache), text, None)
+        return text.with_values(self.run(text.values, layout, seed))
 
     def run(self, tokens: Tensor, layout: Layout, seed: int) -> Tensor:
         """The blocks and the last norm over packed tokens (T, D)."""
@@ -246,8 +296,10 @@ class ConcatTower(nn.Module):
             branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
         return _finish(self.norm, branch, residual, seed)
 
-    def _routed(self, layout: Layout, packed: Ragged, own: Tensor) -> Layout:
-        """`layout` with what the blocks need to know of texts (pieces 2 r) and images (2 r + 1)."""
+    def _routed(self, layout: Layout, packed: Ragged, own: Tensor | None) -> Layout:
+        """`layout` with what the blocks need to know of texts (pieces 2 r) and images (2 r + 1); of
+        text that goes on, `own` is None.
+        """
         return layout
 
 
@@ -276,6 +328,8 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
             ("embedding.token", "token_type", "class_token", "modality", ".kind", "probe", "start")
         ):
             nn.init.normal_(parameter, std=0.02)
+        elif name.endswith(".query"):
+            nn.init.normal_(parameter)
         elif name.endswith("position"):
             nn.init.normal_(parameter, std=0.02 if post else 0.01)
         elif name.endswith("embedding.weight"):

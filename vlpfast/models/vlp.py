@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlpfast.layers.block import ResidualNorm
+from vlpfast.layers.keys import KeyCache
 from vlpfast.layers.region import RegionHeads
 from vlpfast.models.config import ModelConfig
 from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
+from vlpfast.models.prefix import PrefixTower, decode_in_sequence
 from vlpfast.models.presets import missing, preset_config
 from vlpfast.models.shared import Kind, SharedTower
 from vlpfast.models.towers import (
@@ -74,6 +76,11 @@ class VLPModel(nn.Module):
         self.text_projection = _projection(config, text.dim, config.text_projection)
         self.pooler = nn.Linear(fusion.dim, fusion.dim) if fusion.pooler else None
         self.match_head = nn.Linear(fusion.dim, 2) if "a matching head" in config.parts else None
+        self.lm_head = (
+            nn.Linear(fusion.dim, text.vocab_size, bias=False)
+            if config.lm_head == "linear"
+            else None
+        )
         self.token_head = (
             TokenHead(text.dim, text.vocab_size, text.norm_eps) if config.mlm_head else None
         )
@@ -112,16 +119,17 @@ class VLPModel(nn.Module):
             if isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         shared = self.fusion.project if self.config.shared else None
-        heads = (self.match_head, self.token_head, self.pooler, self.region_heads, shared)
-        for head in (m for part in heads if part is not None for m in part.modules()):
+        heads = (self.match_head, self.token_head, self.pooler, self.region_heads, self.lm_head)
+        for head in (m for part in (*heads, shared) if part is not None for m in part.modules()):
             if isinstance(head, nn.Linear):
                 nn.init.normal_(head.weight, std=0.02)
-                nn.init.zeros_(head.bias)
+                if head.bias is not None:
+                    nn.init.zeros_(head.bias)
 
     @property
     def has_fusion(self) -> bool:
-        """Whether image and text meet in a fusion tower."""
-        return self.fusion is not None
+        """Whether image and text meet in a fusion tower that can match them."""
+        return self.match_head is not None
 
     @property
     def has_joint_space(self) -> bool:
@@ -199,6 +207,10 @@ class VLPModel(nn.Module):
         `text` packs int64 token ids with their start and end tokens.
         """
         tokens = self.text(text, seed)
+        if self.config.text.pool == "appended":
+            last = tokens.values[tokens.last()]
+            embedding = _unit(self.text_projection(last)) if embed else None
+            return TextOutput(tokens.without_last(), embedding)
         if not (self.has_joint_space and embed):
             return TextOutput(tokens, None)
         if self.config.shared:
@@ -227,6 +239,57 @@ class VLPModel(nn.Module):
         """`fuse` with the fused image tokens too."""
         self._need(self.fusion, "a fusion tower")
         return self.fusion(text_tokens, keys, kv_index, seed)
+
+    def decode(
+        self,
+        text: Ragged,
+        keys: ImageKeys,
+        kv_index: Tensor,
+        *,
+        prompt: Ragged | None = None,
+        tokens: Ragged | None = None,
+        cache: KeyCache | None = None,
+        seed: int = 0,
+    ) -> Ragged:
+        """Packed states (T, D), each of which predicts the token after its own: it has seen the
+        text up to itself, and its image.
+
+        Args:
+            text: packed token ids of R texts, or with a `cache` what follows the tokens in it.
+            keys: `image_keys` of the images.
+            kv_index (R,): int64, the image each text reads.
+            prompt: packed token ids of R texts that come before; all that follow see them whole,
+                and they see themselves both ways (MetaLM; not where fusion is "cross").
+            tokens: `encode_text(text).tokens` where it has run already.
+            cache: keys of the tokens so far, of R texts; the caller advances it.
+            seed: keys dropout in training.
+        """
+        if "a text decoder" not in self.config.parts:
+            raise ValueError(missing(self.config.preset, "a text decoder"))
+        if self.config.fusion.kind != "cross":
+            return decode_in_sequence(
+                self.text, self.fusion, text, keys, kv_index, prompt, tokens, cache, seed
+            )
+        if prompt is not None:
+            raise ValueError(f"preset {self.config.preset!r} writes captions: it takes no prompt")
+        if cache is not None:
+            tokens = self.text(text, seed, cache)
+        elif tokens is None:
+            tokens = self.encode_text(text, seed=seed).tokens
+        return self.fusion(tokens, keys, kv_index, seed, cache).text
+
+    def lm_head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of states (n, D) of `decode`, what `ops.linear_cross_entropy` takes: states, vocabulary
+        weight (V, D), bias (V,) or None.
+        """
+        if self.config.shared:
+            return self.token_head_inputs(hidden, "lm")
+        self._need(self.lm_head, "a text decoder")
+        return hidden, self.lm_head.weight, None
+
+    def next_token_logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (n, V) of states (n, D) of `decode`."""
+        return _full(F.linear(*self.lm_head_inputs(hidden)))
 
     def match(self, fused: Ragged) -> Tensor:
         """Image-text matching logits (R, 2) from the first token of each row; index 1 says "they
@@ -289,6 +352,8 @@ def _fusion_tower(config: ModelConfig) -> FusionTower | ConcatTower | None:
         return None
     if fusion.kind == "shared":
         return SharedTower(fusion, config.embed_dim)
+    if fusion.kind == "prefix":
+        return PrefixTower(fusion, config.vision.dim)
     if fusion.kind == "concat":
         return ConcatTower(fusion)
     return FusionTower(fusion, config.vision.dim)

@@ -7,7 +7,10 @@ from typing import Literal
 
 from vlpfast.ops.seed import fold_seed
 
-OBJECTIVES = ("itc", "sigmoid", "hinge", "itm", "mlm", "wra", "mrfr", "mrc", "mrckl", "classify")
+OBJECTIVES = (
+    *("itc", "sigmoid", "hinge", "itm", "mlm", "wra", "mrfr", "mrc", "mrckl", "lm"),
+    "classify",
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class ObjectivesConfig:
         itm: image-text matching. `itm_negatives` "hard": one hard negative image and one hard
             negative text per pair; "random": half of the pairs get another image of the batch.
         mlm: masked language modelling on the text that reads its image.
+        lm: each next token of a caption, by the decoder that reads the image; `lm_label_smoothing`
+            of its targets.
         wra: word-region alignment of the pairs that random matching sees, by optimal transport;
             `wra_tokens` "all" as UNITER, "inner" as ViLT (`objectives.regions.aligned_masks`).
         mrfr, mrc, mrckl: hidden regions' features, classes, and class distributions.
@@ -54,6 +59,8 @@ class ObjectivesConfig:
     mrc: float = 0.0
     mrckl: float = 0.0
     classify: float = 0.0
+    lm: float = 0.0
+    lm_label_smoothing: float = 0.0
     itm_negatives: Literal["hard", "random"] = "hard"
     wra_tokens: Literal["all", "inner"] = "all"
     mrm_probability: float = 0.15

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from vlpfast.models.vlp import VLPModel
 from vlpfast.objectives.passes import Loss, Passes, teacher_fused
 from vlpfast.objectives.plan import Rows
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
+from vlpfast.ops.seed import fold_seed
+from vlpfast.ragged import Ragged
 
 
 def mlm(passes: Passes) -> Loss:
@@ -28,3 +31,46 @@ def mlm(passes: Passes) -> Loss:
     hidden, weight, bias = passes.model.token_head_inputs(fused.values[start + masked])
     loss = linear_cross_entropy(hidden, weight, target, bias, reduction="sum", **distillation)
     return loss, torch.tensor(target.shape[0], device=loss.device)
+
+
+def lm(passes: Passes) -> Loss:
+    """Each caption's next tokens, from its start token to its end token, by the decoder on the
+    caption's image; the text tower's pass is the one that the contrast has.
+    """
+    size, text = len(passes.batch), passes.batch.text
+    own = torch.arange(size, device=text.values.device)
+    tokens = passes.student.text.tokens
+    states = passes.model.decode(
+        text,
+        passes.student.keys,
+        own,
+        tokens=tokens if len(tokens) == size else tokens.select(own),
+        seed=fold_seed(passes.seed, 5),
+    )
+    return next_token_loss(passes.model, states, text, passes.config.lm_label_smoothing)
+
+
+def next_token_loss(
+    model: VLPModel, states: Ragged, text: Ragged, label_smoothing: float = 0.0
+) -> Loss:
+    """-log p(token t + 1 | states t), all but the last of each sequence, as (sum, count).
+
+    Args:
+        model: with `lm_head_inputs`.
+        states: packed (T, D), of `VLPModel.decode`.
+        text: packed ids (T,) of the same sequences; -100 where a token is not to be predicted.
+        label_smoothing: of the targets.
+    """
+    seen = states.but_last()
+    target = text.values[seen + 1]
+    hidden, weight, bias = model.lm_head_inputs(states.values[seen])
+    loss = linear_cross_entropy(
+        hidden,
+        weight,
+        target,
+        bias,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+        max_rows=target.shape[0],
+    )
+    return loss, (target != -100).sum()

@@ -87,7 +87,8 @@ def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: 
     image = model.encode_image(images, kept, seed=fold_seed(seed, 1), embed=plan.embed_image)
     texts = [batch.text, batch.masked_text] if plan.masked_text else [batch.text]
     text = model.encode_text(Ragged.cat(texts), seed=fold_seed(seed, 2), embed=plan.embed_text)
-    return Encoded(model, image, text, model.image_keys(image.tokens) if plan.fusion else None)
+    keys = model.image_keys(image.tokens) if plan.fusion or plan.decodes else None
+    return Encoded(model, image, text, keys)
 
 
 def fuse(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) -> FusedOutput:

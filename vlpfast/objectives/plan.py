@@ -35,6 +35,7 @@ class Plan:
         masked_text: the text tower also reads the masked texts, in the same call.
         fusion: groups of rows of the one fusion call; empty where no objective needs fusion.
         hard_negatives: the contrastive loss also draws hard negatives.
+        decodes: the text decoder reads the images too.
         masked_image: the image tower also reads the images with hidden regions, in the same call.
         embed_image, embed_text: an objective reads where they are in the joint space.
     """
@@ -43,6 +44,7 @@ class Plan:
     fusion: tuple[Rows, ...]
     hard_negatives: bool
     masked_image: bool = False
+    decodes: bool = False
     embed_image: bool = True
     embed_text: bool = True
 
@@ -61,6 +63,7 @@ class Plan:
             matching + masked + hidden,
             hard,
             config.masks_regions,
+            bool(config.lm),
             embed_image=contrast or bool(config.classify),
             embed_text=contrast,
         )

@@ -113,6 +113,8 @@ class PretrainStep(nn.Module):
             passes = replace(passes, fused=fuse(passes, hard_text, hard_image))
         if config.itm:
             losses["itm"] = matching.itm(passes, hard_text, hard_image)
+        if config.lm:
+            losses["lm"] = language.lm(passes)
         for name, objective in _AFTER_FUSION.items():
             if getattr(config, name):
                 losses[name] = objective(passes)

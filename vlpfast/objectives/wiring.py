@@ -18,6 +18,7 @@ NEEDS = {
     "mrc": ("region heads",),
     "mrckl": ("region heads",),
     "classify": ("a joint space", "a learned scale"),
+    "lm": ("a text decoder",),
 }
 
 

@@ -10,12 +10,13 @@ from dataclasses import fields, replace
 
 from vlpfast.config import close_match
 from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets import concat, cross, dual, generalist
+from vlpfast.models.presets import caption, concat, cross, dual, generalist
 
 _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "albef": cross.albef,
     "align": dual.align,
     "clip": dual.clip,
+    "coca": caption.coca,
     "flip": dual.flip,
     "pixel-bert": concat.pixel_bert,
     "siglip": dual.siglip,
