@@ -15,8 +15,8 @@ LOSSES = {
     "vilt_scenes": {"itm", "mlm", "wra"},
     "uniter_scenes": {"itm", "mlm", "wra", "mrfr", "mrckl"},
     "pixel_bert_scenes": {"itm", "mlm"},
-    "uni_perceiver_scenes": {"itc", "mlm", "classify"},
-    "uni_perceiver_moe_scenes": {"itc", "mlm", "classify"},
+    "uni_perceiver_scenes": {"itc", "mlm", "lm", "classify"},
+    "uni_perceiver_moe_scenes": {"itc", "mlm", "lm", "classify"},
 }
 
 
