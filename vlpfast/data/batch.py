@@ -31,6 +31,7 @@ class Batch:
         mlm_labels (T,): int64 original ids at masked positions, -100 elsewhere, or None.
         regions: of the images, what a detector says of them, or None.
         masked_regions: `regions` with some hidden for masked region modelling, or None.
+        prompt: packed token ids of what each image is asked, which `text` answers, or None.
         class_ids (B,): int64, the class that each image shows (one of those it does), as a number
             of `class_names`; -100 where it shows none; or None.
         class_names: packed token ids of the names of all classes, or None.
@@ -45,6 +46,7 @@ class Batch:
     mlm_labels: Tensor | None = None
     regions: Regions | None = None
     masked_regions: Regions | None = None
+    prompt: Ragged | None = None
     class_ids: Tensor | None = None
     class_names: Ragged | None = None
 

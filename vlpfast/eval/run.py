@@ -29,11 +29,12 @@ from vlpfast.eval.probe import mlm_probe, swap_probe
 from vlpfast.eval.report import EvalResult, save_bars
 from vlpfast.eval.rerank import rerank
 from vlpfast.eval.retrieval import PoolTexts, recall_metrics, retrieval_ranks
+from vlpfast.eval.vqa import vqa_probe
 from vlpfast.models.presets import missing
 from vlpfast.models.vlp import VLPModel
 from vlpfast.ragged import Ragged
 
-TASKS = ("retrieval", "mlm", "swap", "align", "classify")
+TASKS = ("retrieval", "mlm", "swap", "align", "classify", "vqa")
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,22 @@ class _Evaluation:
             max_tokens=self.data.max_tokens,
         )
         return replace(result, info={"classes": key})
+
+    def vqa(self) -> EvalResult:
+        config = self.model.config
+        if config.fusion.kind != "prefix":
+            raise ValueError(
+                "vqa needs a model that writes after a prompt, as 'metalm'; preset "
+                f"{config.preset!r} does not"
+            )
+        return vqa_probe(
+            self.model,
+            self._batches("vqa"),
+            self.index,
+            self.tokenizer,
+            max_tokens=self.data.max_tokens,
+            seed=self.options.seed,
+        )
 
     def _batches(self, what: str) -> Iterator[Batch]:
         """One pass over the images."""

@@ -18,6 +18,7 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "clip": dual.clip,
     "coca": caption.coca,
     "flip": dual.flip,
+    "metalm": generalist.metalm,
     "pixel-bert": concat.pixel_bert,
     "siglip": dual.siglip,
     "uni-perceiver": generalist.uni_perceiver,
