@@ -133,6 +133,16 @@ def test_the_loss_reaches_the_image_and_every_parameter():
     assert ours.fusion.connector.weight.grad.abs().sum() > 0
 
 
+def test_metalm_is_two_stacks_and_a_connector():
+    with torch.device("meta"):
+        base = VLPModel(preset_config("metalm", "base"))
+    assert len(base.vision.blocks) == len(base.fusion.blocks) == 12
+    assert len(base.text.blocks) == 0
+    assert base.fusion.connector.weight.shape == (768, 768)
+    tiny = preset_config("metalm", "tiny")
+    assert tiny.parts == ("a text decoder",)
+
+
 def test_what_does_not_fit_says_so():
     ours = model("prefix")
     keys = image_keys(ours, images())

@@ -128,8 +128,8 @@ class VLPModel(nn.Module):
 
     @property
     def has_fusion(self) -> bool:
-        """Whether image and text meet in a fusion tower that can match them."""
-        return self.match_head is not None
+        """Whether image and text meet in a fusion tower that reads both ways."""
+        return "a fusion tower" in self.config.parts
 
     @property
     def has_joint_space(self) -> bool:
