@@ -12,7 +12,7 @@ from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
 from vlpfast.ragged import Ragged
 
-ALL = ObjectivesConfig(itc=1.0, mlm=1.0, classify=1.0)
+ALL = ObjectivesConfig(itc=1.0, mlm=1.0, lm=1.0, classify=1.0)
 NAMES = [[1, 5, 2], [1, 6, 7, 2], [1, 8, 2], [1, 9, 5, 6, 2]]
 
 
@@ -58,7 +58,7 @@ def test_losses_are_those_of_rows_alone(preset):
     names = [model.encode_text(Ragged.from_lists([name])).embedding for name in NAMES]
     logits = model.task_scale["classify"].exp() * image @ torch.cat(names).T
     classify = F.cross_entropy(logits, batch.class_ids, reduction="sum")
-    words, mlm, first = model.encode_words(), 0.0, 0
+    words, mlm, lm, first = model.encode_words(), 0.0, 0.0, 0
     for row in range(5):
         masked = model.encode_text(one(batch.masked_text, row), num_embedded=0).tokens
         keys = model.image_keys(model.encode_image(batch.images[row : row + 1]).tokens)
@@ -68,7 +68,16 @@ def test_losses_are_those_of_rows_alone(preset):
         first += len(hidden)
         logits = model.task_scale["mlm"].exp() * features @ words.T
         mlm = mlm + F.cross_entropy(logits, labels, reduction="sum")
-    for name, expected in (("itc", itc), ("classify", classify), ("mlm", mlm)):
+        # Every next word by the words before it alone: no mask is needed to hide the others.
+        ids = one(batch.text, row).values
+        for length in range(1, len(ids)):
+            clean = model.encode_text(Ragged.from_lists([ids[:length].tolist()]), num_embedded=0)
+            blocks = torch.arange(1, length + 1)
+            out_ = tower(clean.tokens, keys, torch.tensor([0]), text_blocks=blocks)
+            feature = F.normalize(tower.project(out_.text.values[-1]), dim=0)
+            logits = model.task_scale["lm"].exp() * feature @ words.T
+            lm = lm + F.cross_entropy(logits, ids[length])
+    for name, expected in (("itc", itc), ("classify", classify), ("mlm", mlm), ("lm", lm)):
         torch.testing.assert_close(out.losses[name][0], expected, rtol=1e-4, atol=1e-4)
     assert [int(out.losses[name][1]) for name in ("classify", "mlm")] == [4, 5]
 
@@ -78,15 +87,18 @@ def test_every_parameter_gets_a_gradient(preset):
     step = step_of(preset=preset).train()
     out = step(batch_with_classes(), seed=0, step=0)
     sum(total for total, _ in out.losses.values()).backward()
-    idle = {name for name, p in step.named_parameters() if p.grad is None}
-    # Captioning's, which is off.
-    assert idle == {"model.task_scale.lm"}
+    assert [name for name, p in step.named_parameters() if p.grad is None] == []
     assert all(p.grad.isfinite().all() for p in step.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(
     ("task", "scale"),
-    [("itc", "scale"), ("mlm", "task_scale.mlm"), ("classify", "task_scale.classify")],
+    [
+        ("itc", "scale"),
+        ("mlm", "task_scale.mlm"),
+        ("lm", "task_scale.lm"),
+        ("classify", "task_scale.classify"),
+    ],
 )
 def test_each_task_has_its_own_temperature(task, scale):
     config = ObjectivesConfig(**{"itc": 0.0, task: 1.0})
@@ -114,6 +126,7 @@ def test_temperatures_are_bounded():
         # Images and texts alone; texts with images, then 50 words; images, then 4 names.
         ("itc", [5, 5]),
         ("mlm", [5, 50]),
+        ("lm", [5, 50]),
         ("classify", [5, 4]),
     ],
 )

@@ -17,8 +17,8 @@ LOSSES = {
     "vilt_scenes": {"itm", "mlm", "wra"},
     "uniter_scenes": {"itm", "mlm", "wra", "mrfr", "mrckl"},
     "pixel_bert_scenes": {"itm", "mlm"},
-    "uni_perceiver_scenes": {"itc", "mlm", "classify"},
-    "uni_perceiver_moe_scenes": {"itc", "mlm", "classify"},
+    "uni_perceiver_scenes": {"itc", "mlm", "lm", "classify"},
+    "uni_perceiver_moe_scenes": {"itc", "mlm", "lm", "classify"},
     "lxmert_scenes": {"itm", "mlm", "mrfr", "mrc"},
     "vilbert_scenes": {"itm", "mlm", "mrckl"},
 }

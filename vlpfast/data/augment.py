@@ -17,8 +17,8 @@ from vlpfast.ops.reference.counter import draw, stream, uniform
 _CROP_ATTEMPTS = 10
 # First counter of each use, so that all numbers of a draw are distinct; masking starts at 0x10 <<
 # 24.
-CAPTION, FLIP, CROP, JITTER, GRAYSCALE, REDRAW, ZOOM, CLASS = (
-    purpose << 24 for purpose in range(0x20, 0x28)
+CAPTION, FLIP, CROP, JITTER, GRAYSCALE, REDRAW, ZOOM, CLASS, TASK = (
+    purpose << 24 for purpose in range(0x20, 0x29)
 )
 # ITU-R BT.601 luma, as Pillow's "L".
 _LUMA = (0.299, 0.587, 0.114)

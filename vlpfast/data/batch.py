@@ -37,6 +37,7 @@ class Batch:
         codes (B, P): int64, what a frozen tokenizer makes of each patch of the clean images, or
             None.
         features (B, P, E): what a frozen teacher makes of them, or None.
+        prompt: packed token ids of what each image is asked, which `text` answers, or None.
         class_ids (B,): int64, the class that each image shows (one of those it does), as a number
             of `class_names`; -100 where it shows none; or None.
         class_names: packed token ids of the names of all classes, or None.
@@ -56,6 +57,7 @@ class Batch:
     hidden_patches: Tensor | None = None
     codes: Tensor | None = None
     features: Tensor | None = None
+    prompt: Ragged | None = None
     class_ids: Tensor | None = None
     class_names: Ragged | None = None
 

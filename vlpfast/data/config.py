@@ -29,6 +29,8 @@ class DataConfig:
         regions: what the model reads in place of pixels, where it reads regions: "scenes" makes
             them from the truth of generated scenes, "files" are those in `<path>.regions`
             (`data.regions`); "" is none. Crops and flips do not apply to them.
+        tasks: what images are asked, each sample one of these by chance: "caption", "vqa",
+            "entailment" (`data.prompts`); empty: captions without a prompt.
         classes: class names of the images: the record field that holds one or a list of them;
             "scenes" names the objects of generated scenes, "scenes-heldout" those of held-out
             combinations; "" is none.
@@ -63,6 +65,7 @@ class DataConfig:
     vocab_size: int = 4096
     max_tokens: int = 32
     regions: Literal["", "scenes", "files"] = ""
+    tasks: tuple[str, ...] = ()
     classes: str = ""
     captions: tuple[int, ...] = ()
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -106,6 +109,8 @@ class DataConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if unknown := set(self.tasks) - {"caption", "vqa", "entailment"}:
+            raise ValueError(f"tasks must be caption, vqa or entailment, got {sorted(unknown)}")
         for condition in self.where:
             if "=" not in condition:
                 raise ValueError(f"where must be 'field=value', got {condition!r}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import torch
 
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader_torch import TorchLoader
+from vlpfast.data.prompts import iter_texts
 from vlpfast.data.tokenizer import Tokenizer, find_clip_vocabulary
 
 
@@ -28,7 +30,8 @@ def open_index(config: DataConfig) -> Index:
 def make_tokenizer(config: DataConfig, index: Index) -> Tokenizer:
     """The configured tokenizer: trained on all captions of `index`, CLIP's, or one from a file."""
     if config.tokenizer == "train":
-        return Tokenizer.train(index.iter_captions(), config.vocab_size)
+        texts = itertools.chain(index.iter_captions(), iter_texts(index, config.tasks))
+        return Tokenizer.train(texts, config.vocab_size)
     if config.tokenizer == "clip":
         return Tokenizer.clip(find_clip_vocabulary())
     if config.tokenizer.endswith((".txt", ".txt.gz")):

@@ -21,6 +21,7 @@ from vlpfast.data.config import DataConfig
 from vlpfast.data.decode import crop_resize, decode_rgb
 from vlpfast.data.index import Index
 from vlpfast.data.plan import StreamPlan, share
+from vlpfast.data.prompts import choose
 from vlpfast.data.regions import open_regions
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.ragged import Ragged
@@ -136,10 +137,11 @@ class TorchLoader:
         images, draws = self._images(draws)
         positions = torch.from_numpy(draws.positions)
         images = self._augment(images, positions.to(images.device))
-        text = self._text(draws)
+        prompt, text = self._prompted(draws) if self.config.tasks else (None, self._text(draws))
         return Batch(
             images=images.pin_memory() if self._pin and not images.is_cuda else images,
             text=text,
+            prompt=prompt,
             image_ids=torch.from_numpy(np.array(self.index.at("image_ids", draws.samples))),
             sample_ids=torch.from_numpy(draws.samples),
             positions=positions,
@@ -198,6 +200,26 @@ class TorchLoader:
             name = self.index.name(int(draws.samples[draws.captions < 0][0]))
             raise ValueError(f"{name} has no caption: it cannot be loaded as an image-text pair")
         return self._tokens.ragged(draws.captions)
+
+    def _prompted(self, draws: Draws) -> tuple[Ragged, Ragged]:
+        """Packed tokens of prompts and of the texts that answer them; in evaluation each sample's
+        first of the first task.
+        """
+        tasks, positions = self.config.tasks, torch.from_numpy(draws.positions)
+        chosen = number = torch.zeros_like(positions)
+        if self.train:
+            chosen = augment.integers(self.seed, positions, augment.TASK, len(tasks))
+            number = augment.integers(self.seed, positions, augment.TASK + 1, 1 << 16)
+        captions = self.index.strings["captions"]
+        columns = (draws.samples, draws.captions, chosen, number)
+        pairs = [
+            choose(self.index.record(i), captions[c].decode(), tasks[t], n)
+            for i, c, t, n in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+        encoded = self.tokenizer.encode(
+            [part for pair in pairs for part in pair], self.config.max_tokens
+        )
+        return Ragged.from_lists(encoded[::2]), Ragged.from_lists(encoded[1::2])
 
     def _images(self, draws: Draws) -> tuple[Tensor, Draws]:
         """uint8 crops (B, S, S, 3), and the draws with corrupt samples replaced or left out."""

@@ -31,13 +31,25 @@ from vlpfast.eval.probe import mlm_probe, swap_probe
 from vlpfast.eval.report import EvalResult, save_bars
 from vlpfast.eval.rerank import rerank
 from vlpfast.eval.retrieval import PoolTexts, recall_metrics, retrieval_ranks
+from vlpfast.eval.vqa import vqa_probe
 from vlpfast.models.presets import missing
 from vlpfast.models.vlp import VLPModel
 from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.objectives.guide import Guide
 from vlpfast.ragged import Ragged
 
-TASKS = ("retrieval", "mlm", "swap", "align", "caption", "classify", "codes", "mim", "linear")
+TASKS = (
+    "retrieval",
+    "mlm",
+    "swap",
+    "align",
+    "caption",
+    "vqa",
+    "classify",
+    "codes",
+    "mim",
+    "linear",
+)
 
 
 @dataclass(frozen=True)
@@ -312,6 +324,22 @@ class _Evaluation:
             seed=options.seed,
         )
         return replace(result, info=result.info | options.protocol)
+
+    def vqa(self) -> EvalResult:
+        config = self.model.config
+        if config.fusion.kind != "prefix":
+            raise ValueError(
+                "vqa needs a model that writes after a prompt, as 'metalm'; preset "
+                f"{config.preset!r} does not"
+            )
+        return vqa_probe(
+            self.model,
+            self._batches("vqa"),
+            self.index,
+            self.tokenizer,
+            max_tokens=self.data.max_tokens,
+            seed=self.options.seed,
+        )
 
     def codes(self) -> EvalResult:
         self._need("codes", "a codebook")

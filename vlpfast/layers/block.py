@@ -121,7 +121,8 @@ class SelfAttention(nn.Module):
         """Heads' mixed values (..., D), side by side, of projections (..., 3 D)."""
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
         if layout.cache is not None:
-            return layout.cache.attend(self, q, k, v).flatten(-2)
+            blocks = layout.blocks if isinstance(layout.blocks, Tensor) else None
+            return layout.cache.attend(self, q, k, v, blocks).flatten(-2)
         mixed = attention(
             q,
             k,

@@ -22,36 +22,43 @@ class KeyCache:
 
     Attributes:
         length: tokens of each sequence that all layers hold; `advance` moves it.
+        prefix: tokens of each that all layers hold beside them, an image's in the same sequence;
+            what writes them counts them.
     """
 
     def __init__(self, rows: int, max_len: int) -> None:
-        self.rows, self.max_len, self.length = rows, max_len, 0
+        self.rows, self.max_len, self.length, self.prefix = rows, max_len, 0, 0
         self._kept: dict[nn.Module, Tensor] = {}
 
-    def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None = None
+    ) -> Tensor:
         """Attention of n further tokens of each sequence to all before and, causally, themselves.
 
         Args:
             layer: whose keys these are.
             q, k, v (R * n, H, E): sequences one after the other.
+            blocks (R * n,): where these are the first tokens, which of them see each other
+                (`ops.attention`), in place of causally; all that follow see them.
 
         Returns: (R * n, H, E).
         """
         q, k, v = (t.unflatten(0, (self.rows, -1)) for t in (q, k, v))
         if layer not in self._kept:
-            self._kept[layer] = k.new_zeros(2, self.rows, self.max_len, *k.shape[2:])
-        end = self.length + k.shape[1]
+            room = self.max_len + (0 if blocks is None else k.shape[1])
+            self._kept[layer] = k.new_zeros(2, self.rows, room, *k.shape[2:])
+        start = self.prefix + self.length
+        end = start + k.shape[1]
         kept = self._kept[layer]
-        kept[0, :, self.length : end] = k
-        kept[1, :, self.length : end] = v
-        blocks = {}
-        if k.shape[1] > 1:
+        kept[0, :, start:end] = k
+        kept[1, :, start:end] = v
+        visible = {}
+        if blocks is not None:
+            visible = dict.fromkeys(("q_block", "k_block"), blocks.view(self.rows, -1))
+        elif k.shape[1] > 1:
             place = torch.arange(end, dtype=torch.int32, device=k.device).expand(self.rows, -1)
-            blocks = {
-                "q_block": place[:, self.length :].contiguous(),
-                "k_block": place.contiguous(),
-            }
-        return attention(q, kept[0, :, :end], kept[1, :, :end], **blocks).flatten(0, 1)
+            visible = {"q_block": place[:, start:].contiguous(), "k_block": place.contiguous()}
+        return attention(q, kept[0, :, :end], kept[1, :, :end], **visible).flatten(0, 1)
 
     def advance(self, tokens: int) -> None:
         """After all layers have seen `tokens` further tokens of each sequence."""
@@ -60,7 +67,8 @@ class KeyCache:
     def select(self, rows: Tensor) -> None:
         """Sequence r becomes what sequence `rows[r]` (R,) int64 was (beams that are continued)."""
         for kept in self._kept.values():
-            kept[:, :, : self.length] = kept[:, rows, : self.length]
+            end = self.prefix + self.length
+            kept[:, :, :end] = kept[:, rows, :end]
 
 
 class KeyNorm(nn.Module):

@@ -167,9 +167,10 @@ class FusionConfig(StackConfig):
         kind: "cross", text blocks that read images by cross-attention (ALBEF); "concat", blocks
             over text and image tokens in one sequence (UNITER, ViLT); "co", layers of two streams
             that read each other: the stack's shape is the text stream's, the image stream has that
-            of the vision stack, whose width and heads co-attention has too; or "shared", "concat"
-            that encodes images alone and texts alone too, into the joint space, and the words that
-            are predicted (Uni-Perceiver).
+            of the vision stack, whose width and heads co-attention has too; "shared", "concat" that
+            encodes images alone and texts alone too, into the joint space, and the words that are
+            predicted (Uni-Perceiver); or "prefix", a causal decoder of text after the image tower's
+            tokens, which a linear connector brings into its sequence (MetaLM).
         tied: of "co", both directions of co-attention share their weights (LXMERT).
         co_mlp: of "co", each stream has an MLP between co-attention and its own block (ViLBERT).
         pair_pooler: the matching head reads relu(linear(first text token)) times relu(linear(first
@@ -185,7 +186,7 @@ class FusionConfig(StackConfig):
             patches of images, and order "image": a token's place is then its place in the sequence.
         key_bias: whether the projection of keys has a bias, which no softmax sees.
         causal: each text token sees itself and earlier ones only, and the image: fusion then
-            decodes and has no matching head ("cross" only; CoCa).
+            decodes and has no matching head ("cross", CoCa; "prefix" must be).
         shares_text: the blocks are the text tower's own with cross-attention added, and read
             embedded tokens from a task token on (BLIP).
         key_norm: a LayerNorm for each layer before images' keys and values (open_clip's CoCa).
@@ -194,7 +195,7 @@ class FusionConfig(StackConfig):
             which a kind of tokens is given `moe_top_k` by its attributes; 0: none. "shared" only.
     """
 
-    kind: Literal["cross", "concat", "co", "shared"] = "cross"
+    kind: Literal["cross", "concat", "co", "shared", "prefix"] = "cross"
     modality_types: bool = False
     pooler: bool = False
     experts: Literal["shared", "mome", "multiway"] = "shared"
@@ -327,7 +328,13 @@ class ModelConfig:
                 f"got {self.vision.dim}"
             )
         self._check_co()
-        if self.fusion.causal and (self.fusion.kind != "cross" or not self.text.causal):
+        if self.fusion.kind == "prefix":
+            if not self.fusion.causal or self.text.depth:
+                raise ValueError(
+                    "fusion.kind 'prefix' is the decoder: fusion.causal must be True, text.depth "
+                    f"must be 0, got {self.fusion.causal} and {self.text.depth}"
+                )
+        elif self.fusion.causal and (self.fusion.kind != "cross" or not self.text.causal):
             raise ValueError(
                 "fusion.causal needs fusion.kind 'cross' and text.causal True: what decodes must "
                 f"not see later words, got {self.fusion.kind!r} and {self.text.causal}"
@@ -534,7 +541,7 @@ class ModelConfig:
             "a learned bias": self.logit_bias,
             "a fusion tower": self.fusion.depth > 0 and not self.fusion.causal,
             "a matching head": self.fusion.depth > 0 and self.match_head,
-            "a text decoder": self.lm_head != "none",
+            "a text decoder": self.lm_head != "none" or self.shared,
             "fused image tokens": self.joins_tokens,
             "one stack for both": self.one_stack,
             "a token head": self.mlm_head or self.shared,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlpfast.layers.block import Layout
+from vlpfast.layers.keys import KeyCache
 from vlpfast.layers.moe import MoeBlock, Routes
 from vlpfast.models.config import FusionConfig
 from vlpfast.models.outputs import FusedOutput
@@ -70,9 +71,11 @@ class SharedTower(ConcatTower):
         seed: int = 0,
         *,
         text_blocks: Tensor | None = None,
+        cache: KeyCache | None = None,
     ) -> FusedOutput:
         """As `ConcatTower`."""
-        return super().forward(self.begin(text), keys, kv_index, seed, text_blocks=text_blocks)
+        text = self.begin(text)
+        return super().forward(text, keys, kv_index, seed, text_blocks=text_blocks, cache=cache)
 
     def begin(self, text: Ragged) -> Ragged:
         """Packed text tokens with the learned token for each start token."""
@@ -106,9 +109,12 @@ class SharedTower(ConcatTower):
         layout = Layout(packed.cu_seqlens, packed.max_len, routes=routes)
         return self.features(self.run(packed.values, layout, seed)[packed.first()])
 
-    def _routed(self, layout: Layout, packed: Ragged, own: Tensor) -> Layout:
+    def _routed(self, layout: Layout, packed: Ragged, own: Tensor | None) -> Layout:
         if not isinstance(self.blocks[0], MoeBlock):
             return layout
+        if own is None:
+            routes = Routes(self._attributes(Kind.CAUSAL_TEXT), (packed.values.shape[0],))
+            return replace(layout, routes=routes)
         text = Kind.FUSED_TEXT if layout.blocks is None else Kind.CAUSAL_TEXT
         places = [packed.token_ids_of(2 * own + part)[0] for part in (0, 1)]
         routes = Routes.of(self._attributes(text, Kind.FUSED_IMAGE), places)

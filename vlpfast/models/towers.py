@@ -345,6 +345,7 @@ class ConcatTower(nn.Module):
         seed: int = 0,
         *,
         text_blocks: Tensor | None = None,
+        cache: KeyCache | None = None,
     ) -> FusedOutput:
         """Row r joins text r and image `kv_index[r]`; nothing is padded.
 
@@ -355,6 +356,8 @@ class ConcatTower(nn.Module):
             seed: keys dropout in training.
             text_blocks (T,): int >= 0, which text tokens see each other (`ops.attention`); images
                 are block 0, which all see. None: everything sees everything.
+            cache: an empty one, which then holds all these tokens' keys for `proceed`; rows are of
+                one length.
         """
         if self.modality is not None:
             text = text.with_values(text.values + self.modality[0])
@@ -367,13 +370,22 @@ class ConcatTower(nn.Module):
             of_images = keys.with_values(text_blocks.new_zeros(keys.values.shape[0]))
             blocks = Ragged.cat([text.with_values(text_blocks), of_images]).select(pieces).values
         # Every other offset: a text and its image are one sequence.
-        layout = Layout(packed.cu_seqlens[::2].contiguous(), text.max_len + keys.max_len, blocks)
-        layout = self._routed(layout, packed, own)
+        bounds, most = packed.cu_seqlens[::2].contiguous(), text.max_len + keys.max_len
+        layout = self._routed(Layout(bounds, most, blocks, cache=cache), packed, own)
         packed = packed.with_values(self.run(packed.values, layout, seed))
+        if cache is not None:
+            cache.prefix = keys.max_len
         texts, images = packed.select(2 * own), packed.select(2 * own + 1)
         return FusedOutput(
             replace(texts, max_len=text.max_len), replace(images, max_len=keys.max_len)
         )
+
+    def proceed(self, text: Ragged, cache: KeyCache, seed: int = 0) -> Ragged:
+        """States of text tokens (T, D) that go on from the sequences in `cache`."""
+        if self.modality is not None:
+            text = text.with_values(text.values + self.modality[0])
+        layout = self._routed(Layout(text.cu_seqlens, text.max_len, cache=cache), text, None)
+        return text.with_values(self.run(text.values, layout, seed))
 
     def run(self, tokens: Tensor, layout: Layout, seed: int) -> Tensor:
         """The blocks and the last norm over packed tokens (T, D)."""
@@ -382,8 +394,10 @@ class ConcatTower(nn.Module):
             branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
         return _finish(self.norm, branch, residual, seed)
 
-    def _routed(self, layout: Layout, packed: Ragged, own: Tensor) -> Layout:
-        """`layout` with what the blocks need to know of texts (pieces 2 r) and images (2 r + 1)."""
+    def _routed(self, layout: Layout, packed: Ragged, own: Tensor | None) -> Layout:
+        """`layout` with what the blocks need to know of texts (pieces 2 r) and images (2 r + 1); of
+        text that goes on, `own` is None.
+        """
         return layout
 
 

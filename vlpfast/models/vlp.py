@@ -21,6 +21,7 @@ from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.experts import ExpertTower
 from vlpfast.models.generate import Generated, SearchOptions, generate
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
+from vlpfast.models.prefix import PrefixTower, decode_in_sequence
 from vlpfast.models.presets import missing, preset_config
 from vlpfast.models.shared import Kind, SharedTower
 from vlpfast.models.tokenizer import VisualTokenizer
@@ -195,8 +196,8 @@ class VLPModel(nn.Module):
 
     @property
     def has_fusion(self) -> bool:
-        """Whether image and text meet in a fusion tower that can match them."""
-        return self.match_head is not None
+        """Whether image and text meet in a fusion tower that reads both ways."""
+        return "a fusion tower" in self.config.parts
 
     @property
     def has_joint_space(self) -> bool:
@@ -300,11 +301,12 @@ class VLPModel(nn.Module):
             wanted = num_embedded != 0
             first = _unit(self.text_projection(tokens.values[text.first()])) if wanted else None
             return TextOutput(self._embedded(text, self.config.text.task_ids[1]), first)
+        if self.config.text.pool == "appended":
+            wanted = num_embedded != 0
+            last = _unit(self.text_projection(tokens.values[tokens.last()])) if wanted else None
+            return TextOutput(tokens.without_last(), last)
         if not self.has_joint_space or num_embedded == 0:
             return TextOutput(tokens, None)
-        if self.config.text.pool == "appended":
-            embedding = _unit(self.text_projection(tokens.values[tokens.last()]))
-            return TextOutput(tokens.without_last(), embedding)
         embedded = tokens
         if num_embedded is not None and num_embedded < len(tokens):
             embedded = tokens.select(torch.arange(num_embedded, device=tokens.values.device))
@@ -382,6 +384,7 @@ class VLPModel(nn.Module):
         keys: ImageKeys,
         kv_index: Tensor,
         *,
+        prompt: Ragged | None = None,
         tokens: Ragged | None = None,
         cache: KeyCache | None = None,
         seed: int = 0,
@@ -393,12 +396,21 @@ class VLPModel(nn.Module):
             text: packed token ids of R texts, or with a `cache` what follows the tokens in it.
             keys: `image_keys` of the images.
             kv_index (R,): int64, the image each text reads.
+            prompt: packed token ids of R texts that come before; all that follow see them whole,
+                and they see themselves both ways (MetaLM; not where fusion is "cross").
             tokens: `encode_text(text).tokens` where it has run already and is what the decoder
                 reads (CoCa).
             cache: keys of the tokens so far, of R texts; the caller advances it.
             seed: keys dropout in training.
         """
-        self._need(self.lm_head, "a text decoder")
+        if "a text decoder" not in self.config.parts:
+            raise ValueError(missing(self.config.preset, "a text decoder"))
+        if self.config.fusion.kind != "cross":
+            return decode_in_sequence(
+                self.text, self.fusion, text, keys, kv_index, prompt, tokens, cache, seed
+            )
+        if prompt is not None:
+            raise ValueError(f"preset {self.config.preset!r} writes captions: it takes no prompt")
         if self.decoder is not None:
             start = 0 if cache is None else cache.length
             tokens = self._embedded(text, self.config.text.task_ids[0], start)
@@ -413,6 +425,8 @@ class VLPModel(nn.Module):
         """Of states (n, D) of `decode`, what `ops.linear_cross_entropy` takes: states, vocabulary
         weight (V, D), bias (V,) or None.
         """
+        if self.config.shared:
+            return self.token_head_inputs(hidden, "lm")
         self._need(self.lm_head, "a text decoder")
         if isinstance(self.lm_head, TokenHead):
             return self.lm_head(hidden), self.text.embedding.token, self.lm_head.bias
@@ -567,6 +581,8 @@ def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | CoTower | N
         return ExpertTower(config, model)
     if config.kind == "co":
         return CoTower(config, model.vision)
+    if config.kind == "prefix":
+        return PrefixTower(config, model.vision.dim)
     return ConcatTower(config) if config.kind == "concat" else FusionTower(config, model.vision.dim)
 
 

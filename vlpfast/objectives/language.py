@@ -56,6 +56,7 @@ def lm(passes: Passes) -> Loss:
         text,
         passes.student.keys,
         own,
+        prompt=passes.batch.prompt,
         tokens=tokens if len(tokens) == size else tokens.select(own),
         seed=fold_seed(passes.seed, 5),
     )

@@ -25,7 +25,7 @@ def classify(passes: Passes) -> Loss:
     batch, model = passes.batch, passes.model
     if batch.class_ids is None:
         raise ValueError("objectives.classify needs class names: set data.classes")
-    names = model.encode_text(batch.class_names, seed=fold_seed(passes.seed, 5)).embedding
+    names = model.encode_text(batch.class_names, seed=fold_seed(passes.seed, 6)).embedding
     loss = linear_cross_entropy(
         model.scale_of("classify") * passes.image_embedding,
         names,
@@ -44,18 +44,23 @@ def expert_metrics(passes: Passes) -> dict[str, Tensor]:
     model, plan, batch = passes.model, passes.plan, passes.batch
     if not model.config.fusion.moe_experts:
         return {}
-    image, texts = passes.student.image.tokens, len(batch.text.values)
+    image, texts = passes.student.image.tokens, passes.student.text.tokens.values.shape[0]
     sizes = dict.fromkeys(Kind, 0)
     if plan.embed_image:
         sizes[Kind.IMAGE] = image.shape[0] * (1 + image.shape[1])
     if plan.embed_text:
-        sizes[Kind.TEXT] = texts * (1 + plan.masked_text)
+        sizes[Kind.TEXT] = texts
     if passes.config.classify:
         sizes[Kind.TEXT] += len(batch.class_names.values)
+    words = 2 * model.config.text.vocab_size
     if passes.fused is not None:
         sizes[Kind.FUSED_TEXT] = len(passes.fused.text.values)
         sizes[Kind.FUSED_IMAGE] = len(passes.fused.image.values)
-        sizes[Kind.WORD] = 2 * model.config.text.vocab_size
+        sizes[Kind.WORD] = words
+    if plan.decodes:
+        sizes[Kind.CAUSAL_TEXT] = len(batch.text.values)
+        sizes[Kind.FUSED_IMAGE] += image.shape[0] * image.shape[1]
+        sizes[Kind.WORD] += words
     with torch.no_grad():
         loads = model.fusion.loads({kind: size for kind, size in sizes.items() if size})
         return {

@@ -11,8 +11,14 @@ from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.recipes import clip
 from vlpfast.train.config import OptimConfig, RunConfig, TrainConfig
 
-# Weights and ratios of the published tasks: retrieval, and masked words.
-PAIRS = ObjectivesConfig(itc=0.5, mlm=0.5, label_smoothing=0.1, mix=(("itc", 1.78), ("mlm", 2.75)))
+# Weights and ratios of the published tasks: retrieval, masked words, captions.
+PAIRS = ObjectivesConfig(
+    itc=0.5,
+    mlm=0.5,
+    lm=1.0,
+    label_smoothing=0.1,
+    mix=(("itc", 1.78), ("mlm", 2.75), ("lm", 1.78)),
+)
 # And class names.
 OBJECTIVES = replace(PAIRS, classify=1.0, mix=(*PAIRS.mix, ("classify", 2.49)))
 

@@ -162,6 +162,12 @@ def fit_parts(config: RunConfig, tokenizer: Tokenizer, guide: Guide | None = Non
             f"data.max_tokens must be <= model.text.context_length {text.context_length}, "
             f"got {config.data.max_tokens}"
         )
+    if config.data.tasks and 2 * config.data.max_tokens > text.context_length:
+        raise ValueError(
+            "data.max_tokens is of prompt and text each, which share model.text.context_length "
+            f"{text.context_length}: with data.tasks it must be at most half, "
+            f"got {config.data.max_tokens}"
+        )
     masks = config.objectives.mlm or config.objectives.mtm
     if masks and tokenizer.mask_id is None:
         raise ValueError("objectives.mlm needs a tokenizer with a mask token; 'clip' has none")

@@ -22,6 +22,7 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "coca": caption.coca,
     "flip": dual.flip,
     "lxmert": co.lxmert,
+    "metalm": generalist.metalm,
     "pixel-bert": concat.pixel_bert,
     "siglip": dual.siglip,
     "uni-perceiver": generalist.uni_perceiver,

@@ -57,3 +57,36 @@ def uni_perceiver_moe(size: str) -> ModelConfig:
     config = uni_perceiver(size)
     experts = replace(config.fusion, moe_experts=8, moe_top_k=2)
     return replace(config, preset="uni-perceiver-moe", fusion=experts)
+
+
+def metalm(size: str) -> ModelConfig:
+    """MetaLM: an image tower, a linear connector, a causal decoder in whose sequence the image's
+    tokens and a prompt see themselves both ways.
+
+    No code was published. Base is ViT-B/16 at 224 px and 12 decoder blocks of its width.
+
+    Source: Hao et al. 2022, arXiv:2206.06336, section 2.
+    """
+    base = size == "base"
+    if base:
+        shape, image_size, patch_size = {"dim": 768, "heads": 12}, 224, 16
+        vision = depth = 12
+    else:
+        shape, image_size, patch_size, (vision, text_depth, fusion_depth) = compact(size)
+        depth = text_depth + fusion_depth
+    return ModelConfig(
+        "metalm",
+        size,
+        image_size=image_size,
+        embed_dim=0,
+        vision=VisionConfig(**shape, depth=vision, patch_size=patch_size),
+        text=TextConfig(
+            **shape,
+            depth=0,
+            vocab_size=50257 if base else 4096,
+            context_length=512 if base else 77,
+        ),
+        fusion=FusionConfig(**shape, depth=depth, kind="prefix", causal=True),
+        lm_head="linear",
+        match_head=False,
+    )

@@ -1,0 +1,131 @@
+"""Answers word by word, and their share by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models.test_prefix import prefix_model
+from vlpfast.data.config import DataConfig
+from vlpfast.data.index import Index
+from vlpfast.data.loader import make_loader, make_tokenizer
+from vlpfast.data.prompts import examples, iter_texts
+from vlpfast.data.scenes import blind_answer_accuracy, write_shards
+from vlpfast.eval import vqa
+from vlpfast.ragged import Ragged
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "val"
+    write_shards(folder, num_samples=16, split="val", progress=False)
+    return Index.open(folder)
+
+
+CONFIG = DataConfig(
+    path="", tasks=("vqa", "caption", "entailment"), workers=1, vocab_size=512, max_tokens=64
+)
+
+
+def batches(index: Index, **options):
+    tokenizer = make_tokenizer(CONFIG, index)
+    loader = make_loader(
+        index, CONFIG, tokenizer=tokenizer, image_size=16, batch_size=8, seed=0, **options
+    )
+    return tokenizer, loader
+
+
+def test_batches_carry_what_is_asked_and_answered(scenes):
+    tokenizer, loader = batches(scenes)
+    kinds = set()
+    for step in range(6):
+        batch = loader.load(step)
+        for row, sample in enumerate(batch.sample_ids.tolist()):
+            one = torch.tensor([row])
+            texts = [part.select(one).values.tolist() for part in (batch.prompt, batch.text)]
+            pair = [tokenizer.decode(ids) for ids in texts]
+            record = scenes.record(sample)
+            found = {
+                "vqa": examples(record, "vqa"),
+                "entailment": examples(record, "entailment"),
+                "caption": [("caption", c) for c in scenes.captions(sample)],
+            }
+            names = [name for name, pairs in found.items() if tuple(pair) in pairs]
+            assert len(names) == 1, pair
+            kinds |= set(names)
+    loader.close()
+    assert kinds == {"vqa", "caption", "entailment"}
+    again = batches(scenes)[1].load(5)
+    assert torch.equal(again.text.values, batch.text.values)
+
+
+def test_prompts_are_texts_of_the_tokenizer(scenes):
+    texts = list(iter_texts(scenes, ("vqa",)))
+    assert len(texts) == 2 * sum(len(scenes.record(i)["questions"]) for i in range(16))
+    with pytest.raises(ValueError, match="tasks must be caption, vqa or entailment"):
+        DataConfig(path="", tasks=("riddle",))
+    with pytest.raises(ValueError, match=r"'vqa': no field 'questions', found \['a'\]"):
+        examples({"a": 1}, "vqa")
+
+
+@torch.no_grad()
+def test_answers_are_the_likeliest_tokens_one_by_one():
+    torch.manual_seed(0)
+    model = prefix_model().eval()
+    nn.init.normal_(model.lm_head.weight)
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    keys = model.image_keys(model.encode_image(images).tokens)
+    prompt = Ragged.from_lists([[1, 5, 6, 2], [1, 7, 2], [1, 2]])
+    tokenizer = SimpleNamespace(start_id=1, end_id=2, decode=lambda ids: " ".join(map(str, ids)))
+    rows = torch.tensor([1, 0, 1])
+    said = vqa.answers(model, keys, rows, prompt, tokenizer)
+    for row in range(3):
+        ids, one = [1], torch.tensor([row])
+        while len(ids) <= vqa.MAX_ANSWER:
+            text = Ragged.from_lists([ids])
+            states = model.decode(text, keys, rows[one], prompt=prompt.select(one)).values
+            ids.append(int(model.next_token_logits(states[-1]).argmax()))
+            if ids[-1] == 2:
+                break
+        assert said[row] == " ".join(str(i) for i in ids[1:] if i != 2)
+    assert len(set(said)) > 1
+
+
+def test_shares_by_hand(scenes, monkeypatch):
+    """A reader that answers from the record of the image it is shown; another image's is wrong."""
+    tokenizer, loader = batches(scenes, train=False)
+    own = list(loader)
+    asked = [question for i in range(16) for question in scenes.record(i)["questions"]]
+    samples = torch.cat([batch.sample_ids for batch in own])
+    assert samples.tolist() == list(range(16))
+
+    def answers(_model, keys, kv_index, prompt, tokenizer):
+        said = []
+        for row, image in enumerate(kv_index.tolist()):
+            text = tokenizer.decode(prompt.select(torch.tensor([row])).values.tolist())
+            record = scenes.record(int(keys[image]))
+            said.append(dict(examples(record, "vqa")).get(text, "unknown"))
+        return said
+
+    monkeypatch.setattr(vqa, "answers", answers)
+    place = iter(own)
+    current: list = []
+
+    def stream():
+        for batch in place:
+            current[:] = batch.sample_ids.tolist()
+            yield batch
+
+    model = SimpleNamespace(
+        device=torch.device("cpu"),
+        config=SimpleNamespace(vision=SimpleNamespace(front="patches")),
+        encode_image=lambda images: SimpleNamespace(tokens=images),
+        image_keys=lambda tokens: list(current),
+    )
+    result = vqa.vqa_probe(model, stream(), scenes, tokenizer, max_tokens=32)
+    assert result.metrics["vqa_accuracy"] == 100
+    assert result.metrics["shuffled_vqa_accuracy"] < 60
+    assert result.counts == {"num_samples": 16, "num_questions": len(asked)}
+    expected = 100 * blind_answer_accuracy(asked)["all"]
+    assert result.chance["vqa_accuracy"] == pytest.approx(expected)

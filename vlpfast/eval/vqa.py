@@ -1,0 +1,101 @@
+"""Questions answered in words: exact match with the true image, and with another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from vlpfast.data.batch import Batch
+from vlpfast.data.index import Index
+from vlpfast.data.prompts import examples
+from vlpfast.data.scenes.text import blind_answer_accuracy
+from vlpfast.data.tokenizer import Tokenizer
+from vlpfast.eval.probe import binomial_interval, derange
+from vlpfast.eval.report import EvalResult
+from vlpfast.models.vlp import VLPModel
+from vlpfast.ragged import Ragged
+
+MAX_ANSWER = 8
+
+
+@torch.inference_mode()
+def answers(
+    model: VLPModel, keys: Ragged, kv_index: Tensor, prompt: Ragged, tokenizer: Tokenizer
+) -> list[str]:
+    """What the model writes after each prompt, the likeliest token at a time, at most `MAX_ANSWER`.
+
+    Args:
+        model: in eval mode, one that takes prompts.
+        keys: `VLPModel.image_keys`.
+        kv_index (R,): int64, the image of each prompt.
+        prompt: packed token ids of R prompts.
+        tokenizer: of prompts and answers.
+    """
+    start = kv_index.new_full((len(prompt), 1), tokenizer.start_id)
+    text, ended = Ragged.from_dense(start), torch.zeros_like(kv_index, dtype=torch.bool)
+    for _ in range(MAX_ANSWER):
+        states = model.decode(text, keys, kv_index, prompt=prompt)
+        token = model.next_token_logits(states.values[states.last()]).argmax(-1)
+        token = torch.where(ended, tokenizer.end_id, token)
+        text, ended = text.append(token), ended | (token == tokenizer.end_id)
+        if ended.all():
+            break
+    rows = text.values.view(len(text), -1)[:, 1:].tolist()
+    cut = [row[: row.index(tokenizer.end_id)] if tokenizer.end_id in row else row for row in rows]
+    return [tokenizer.decode(row) for row in cut]
+
+
+def vqa_probe(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    index: Index,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    seed: int = 0,
+) -> EvalResult:
+    """Share of questions answered in the very words of the record, with the true image and with
+    another of the batch: what the latter reaches needs no image.
+
+    Chance always gives a question type's most frequent answer.
+
+    Args:
+        model: in eval mode, one that writes text after a prompt.
+        batches: images and sample ids.
+        index: whose records hold `questions`: type, question, answer.
+        tokenizer: the model's.
+        max_tokens: longer questions lose their tail.
+        seed: of the choice of the other image.
+    """
+    hits, asked, num_samples = [0, 0], [], 0
+    for batch in batches:
+        partner, differs = derange(batch.image_ids, seed=seed)
+        rows, questions = [], []
+        for row, sample in enumerate(batch.sample_ids.tolist()):
+            if differs[row]:
+                record = index.record(sample)
+                questions += examples(record, "vqa")
+                asked += record["questions"]
+                rows += [row] * (len(questions) - len(rows))
+                num_samples += 1
+        if not questions:
+            continue
+        prompts, truth = zip(*questions, strict=True)
+        prompt = Ragged.from_lists(tokenizer.encode(list(prompts), max_tokens), model.device)
+        images = batch.visual(model.config.vision.front).to(model.device)
+        keys = model.image_keys(model.encode_image(images).tokens)
+        for case, shown in enumerate((torch.tensor(rows), partner[torch.tensor(rows)])):
+            said = answers(model, keys, shown.to(model.device), prompt, tokenizer)
+            hits[case] += sum(a == b for a, b in zip(said, truth, strict=True))
+    if not asked:
+        raise ValueError("vqa: no question with two images to compare")
+    true, shuffled = (100 * hit / len(asked) for hit in hits)
+    return EvalResult(
+        "vqa",
+        metrics={"vqa_accuracy": true, "shuffled_vqa_accuracy": shuffled},
+        chance={"vqa_accuracy": 100 * blind_answer_accuracy(asked)["all"]},
+        counts={"num_samples": num_samples, "num_questions": len(asked)},
+        intervals={"vqa_accuracy": binomial_interval(true, len(asked))},
+    )
