@@ -52,6 +52,13 @@ def test_base_has_the_published_size():
     assert body - keys + tables + classes == pytest.approx(86.53, rel=1e-3)
     assert millions(vision.head_blocks) == pytest.approx(2 / 12 * millions(vision.blocks))
     assert model.code_head.weight.shape == (8192, 768)
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        theirs = transformers.BeitForMaskedImageModeling(
+            transformers.BeitConfig(use_mask_token=True, use_shared_relative_position_bias=True)
+        )
+    ours = millions(model) - millions(vision.head_blocks) - keys
+    assert ours == pytest.approx(millions(theirs), rel=1e-6)
     with torch.device("meta"):
         tokenizer = VLPModel(preset_config("vqkd", "base"))
     assert tokenizer.tokenizer.codebook.vectors.shape == (8192, 32)

@@ -14,7 +14,7 @@ from vlpfast.data.masking import mask_patches
 from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
 from vlpfast.objectives.guide import Guide
-from vlpfast.objectives.plan import Plan
+from vlpfast.objectives.plan import Plan, Rows
 
 MIM, VQKD = ObjectivesConfig(itc=0.0, mim=1.0), ObjectivesConfig(itc=0.0, vqkd=1.0)
 SIDE = 32
@@ -93,6 +93,62 @@ def test_mim_goes_with_contrast_in_one_call():
     for name, config in (("mim", MIM), ("itc", ObjectivesConfig())):
         alone = PretrainStep(model, config).eval()(batch, seed=0, step=0)
         torch.testing.assert_close(both.losses[name], alone.losses[name], rtol=1e-4, atol=1e-4)
+
+
+def test_mim_reads_pairs():
+    """Hidden patches told with the text, in one call of a joint stack with what else is trained."""
+    torch.manual_seed(0)
+    config = preset_config("vilt", "tiny", image_size=SIDE, vocab_size=50, codes=256)
+    model = VLPModel(replace(config, vision=replace(config.vision, max_patches=0)))
+    pair = replace(MIM, mim_reads="pair")
+    expected = Plan(False, (Rows.MASKED_IMAGE,), False, masked_image=True, contrast=False)
+    assert Plan.of(pair) == expected
+    step, batch = PretrainStep(model, replace(pair, mlm=1.0)).eval(), hidden_batch()
+    calls = []
+    model.fusion.register_forward_hook(lambda _m, args, _o: calls.append(len(args[0])))
+    out = step(batch, seed=0, step=0)
+    assert calls == [10]
+    assert out.losses.keys() == {"mim", "mlm"}
+    expected = 0.0
+    for row in range(5):
+        mask = torch.zeros(1, 16, dtype=torch.bool)
+        mask[0, batch.hidden_patches[row]] = True
+        tokens = model.encode_image(batch.images[row : row + 1], hidden=mask).tokens
+        text = model.encode_text(batch.text.select(torch.tensor([row]))).tokens
+        fused = model.fuse_pairs(text, model.image_keys(tokens), torch.zeros(1, dtype=torch.int64))
+        logits = model.code_logits(fused.image.values[1:][batch.hidden_patches[row]])
+        target = batch.codes[row, batch.hidden_patches[row]]
+        expected = expected + F.cross_entropy(logits, target, reduction="sum")
+    torch.testing.assert_close(out.losses["mim"][0], expected, rtol=1e-4, atol=1e-3)
+    alone = PretrainStep(model, pair).eval()(batch, seed=0, step=0).losses["mim"]
+    torch.testing.assert_close(alone, out.losses["mim"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("reads", ["image", "pair"])
+def test_mpp_by_loops(reads):
+    torch.manual_seed(0)
+    config = preset_config("vilt", "tiny", image_size=SIDE, vocab_size=50, color_head=True)
+    vision = replace(config.vision, max_patches=0, depth=1)
+    model = VLPModel(replace(config, vision=vision))
+    objectives = ObjectivesConfig(itc=0.0, mpp=1.0, mim_reads=reads)
+    batch = hidden_batch()
+    total, count = PretrainStep(model, objectives).eval()(batch, seed=0, step=0).losses["mpp"]
+    assert int(count) == 25
+    mask = torch.zeros(5, 16, dtype=torch.bool).scatter(1, batch.hidden_patches, True)
+    tokens = model.encode_image(batch.images, hidden=mask).tokens
+    if reads == "pair":
+        text = model.encode_text(batch.text).tokens
+        fused = model.fuse_pairs(text, model.image_keys(tokens), torch.arange(5))
+        tokens = fused.image.values.unflatten(0, (5, 17))
+    expected = 0.0
+    for row in range(5):
+        for patch in batch.hidden_patches[row].tolist():
+            y, x = 8 * (patch // 4), 8 * (patch % 4)
+            color = batch.images[row, y : y + 8, x : x + 8].double().mean((0, 1)).floor().long()
+            logits = model.color_head(tokens[row, 1 + patch]).view(3, 256)
+            for channel in range(3):
+                expected = expected - logits[channel].log_softmax(0)[color[channel]] / 3
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_vqkd_by_loops():
@@ -196,6 +252,7 @@ def test_guides_that_do_not_fit_say_so():
             MIM,
             "mim needs a code head; preset 'clip' has no code head; presets that have: 'b",
         ),
+        ("beit2", replace(MIM, mim_reads="pair"), "mim_reads 'pair' needs fused image tokens; pre"),
         ("beit2", VQKD, "vqkd needs a codebook; preset 'beit2' has no codebook; .*'vqkd'"),
         ("beit2", ObjectivesConfig(), "itc needs a joint space; preset 'beit2' has no joint space"),
     ],
@@ -213,5 +270,7 @@ def test_settings_that_do_not_fit_say_so():
         ObjectivesConfig(itc=0.0, mim=1.0, mim_probability=0.0)
     dropping = small("clip", codes=256).config
     dropping = replace(dropping, vision=replace(dropping.vision, patch_dropout=0.5))
-    with pytest.raises(ValueError, match="mim hides patches of whole images"):
+    with pytest.raises(
+        ValueError, match=r"objectives\.mim and objectives\.mpp hide patches of whole images"
+    ):
         PretrainStep(VLPModel(dropping), MIM)

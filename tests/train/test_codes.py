@@ -123,5 +123,11 @@ def test_runs_are_evaluated(folder):
     assert set(linear.metrics) == {"linear_auc", "random_linear_auc"}
     with pytest.raises(ValueError, match="mim needs a code head; preset 'clip' has no code head"):
         evaluate(folder / "logs/clip_tiny", "mim", **options)
+    config = folder / "logs/beit2_scenes/config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"mim_reads": "image"', '"mim_reads": "pair"'))
+    with pytest.raises(ValueError, match="mim tells codes from images alone"):
+        evaluate(folder / "logs/beit2_scenes", "mim", **options)
+    config.write_text(text)
     with pytest.raises(ValueError, match="codes needs a codebook; preset 'beit2' has no codebook"):
         evaluate(folder / "logs/beit2_scenes", "codes", **options)

@@ -272,6 +272,8 @@ class _Evaluation:
         self._need("mim", "a code head")
         if self.objectives is None or not self.objectives.mim:
             raise ValueError("mim tells a tokenizer's codes: the model was trained on none")
+        if self.objectives.mim_reads == "pair":
+            raise ValueError("mim tells codes from images alone, and the run's mim_reads is 'pair'")
         guide = Guide.open(self.objectives, self.device).model
         options = {"probability": self.objectives.mim_probability, "seed": self.options.seed}
         return mim_probe(self.model, self._batches("mim"), guide, **options)

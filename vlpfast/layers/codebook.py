@@ -48,12 +48,9 @@ class Codebook(nn.Module):
         self.register_buffer("vectors", F.normalize(torch.randn(size, dim), dim=-1))
         self.register_buffer("shares", torch.zeros(size))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        # Of the codes, those that some input of the last step was nearest to.
+        self.register_buffer("in_use", torch.zeros(()), persistent=False)
         self._pending: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def share_in_use(self) -> Tensor:
-        """0-d: of the codes, those that are used more than a tenth of the mean."""
-        return (self.shares > 0.1 / len(self.shares)).float().mean()
 
     def codes(self, z: Tensor) -> Tensor:
         """Nearest codes (n,) of z (n, d), unit or not; of equally near ones the first."""
@@ -93,6 +90,7 @@ class Codebook(nn.Module):
         sums, counts = total[:, :-1], total[:, -1]
         moved = torch.lerp(F.normalize(sums, dim=-1), self.vectors, self.decay)
         moved = torch.where(counts[:, None] > 0, F.normalize(moved, dim=-1), self.vectors)
+        self.in_use.copy_((counts > 0).float().mean())
         self.shares.lerp_(counts / counts.sum(), 1 - self.decay)
         size = len(self.vectors)
         revived = (self.shares < self.revive_below / size) | (self.steps == 0)

@@ -213,6 +213,7 @@ class ModelConfig:
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
         codes: of how many codes it predicts those of hidden patches (BEiT), 0: of none; training
             sets it to the tokenizer's.
+        color_head: whether it predicts the mean colour of hidden patches (ViLT's MPP).
         codebook: of a model that is a tokenizer.
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
     """
@@ -231,6 +232,7 @@ class ModelConfig:
     match_head: bool = True
     region_heads: bool = False
     codes: int = 0
+    color_head: bool = False
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     projection_bias: bool = False
     image_projection: bool = True
@@ -356,9 +358,9 @@ class ModelConfig:
 
     def _check_codes(self) -> None:
         vision = self.vision
-        if (self.codes or self.codebook.size) and vision.front != "patches":
+        if (self.hides_patches or self.codebook.size) and vision.front != "patches":
             raise ValueError(
-                "codes and codebook are of patches: vision.front must be 'patches', "
+                "codes, color_head and codebook are of patches: vision.front must be 'patches', "
                 f"got {vision.front!r}"
             )
         early = 0 < vision.early_layers < vision.depth
@@ -370,6 +372,11 @@ class ModelConfig:
             )
 
     @property
+    def hides_patches(self) -> bool:
+        """Whether the model has a mask token: it predicts something of hidden patches."""
+        return bool(self.codes) or self.color_head
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """What an objective may need and the model has, in the words of errors."""
         has = {
@@ -378,20 +385,22 @@ class ModelConfig:
             "a learned bias": self.logit_bias,
             "a fusion tower": self.fusion.depth > 0,
             "a matching head": self.fusion.depth > 0 and self.match_head,
-            "fused image tokens": self.one_stack,
+            "fused image tokens": self.fusion.depth > 0 and self.fusion.kind == "concat",
             "one stack for both": self.one_stack,
             "a token head": self.mlm_head,
             "region heads": self.region_heads,
             "a text tower": self.text.kind != "none",
             "a code head": self.codes > 0,
+            "a color head": self.color_head,
             "a codebook": self.codebook.size > 0,
         }
         return tuple(part for part, present in has.items() if present)
 
     @property
     def one_stack(self) -> bool:
-        """Whether text and image tokens go through the same blocks."""
-        return self.fusion.depth > 0 and self.fusion.kind == "concat"
+        """Whether the fusion's blocks are all that texts and images go through."""
+        fusion, towers = self.fusion, self.vision.depth + self.text.depth
+        return fusion.depth > 0 and fusion.kind == "concat" and not towers
 
     @property
     def num_patches(self) -> int:

@@ -80,7 +80,7 @@ def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
         bias=config.patch_bias,
         position=config.position,
         class_token=config.class_token,
-        mask_token=model.codes > 0,
+        mask_token=model.hides_patches,
         **pixels,
     )
 
@@ -354,7 +354,15 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
         elif name.endswith("fc1.weight"):
             nn.init.normal_(parameter, std=hidden_std)
         elif name.endswith(
-            ("embedding.token", "token_type", "class_token", "modality", ".kind", "probe")
+            (
+                "embedding.token",
+                "token_type",
+                "class_token",
+                "mask_token",
+                "modality",
+                ".kind",
+                "probe",
+            )
         ):
             nn.init.normal_(parameter, std=0.02)
         elif name.endswith("position"):

@@ -108,6 +108,8 @@ class VLPModel(nn.Module):
             else None
         )
         self.code_head = nn.Linear(vision.dim, config.codes) if config.codes else None
+        # 256 values of each of three channels.
+        self.color_head = nn.Linear(vision.dim, 3 * 256) if config.color_head else None
         self.tokenizer = (
             VisualTokenizer(config.codebook, vision, config.num_patches)
             if config.codebook.size
@@ -150,6 +152,7 @@ class VLPModel(nn.Module):
             self.pooler,
             self.region_heads,
             self.code_head,
+            self.color_head,
         )
         for head in (m for part in heads if part is not None for m in part.modules()):
             if isinstance(head, nn.Linear):
@@ -227,7 +230,7 @@ class VLPModel(nn.Module):
         if hidden is None:
             tokens = self.vision(images, keep_ids, seed)
         else:
-            self._need(self.code_head, "a code head")
+            self._need(self.color_head or self.code_head, "a code head")
             tokens, class_head = self.vision.masked(images, hidden, seed)
         if self.image_projection is None or num_embedded == 0:
             return ImageOutput(tokens, None, class_head)
@@ -363,6 +366,11 @@ class VLPModel(nn.Module):
     def code_logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., K) of codes from hidden states (..., D)."""
         return _full(F.linear(*self.code_head_inputs(hidden)))
+
+    def color_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., 3, 256) of mean colours from hidden states (..., D)."""
+        self._need(self.color_head, "a color head")
+        return _full(self.color_head(hidden)).unflatten(-1, (3, 256))
 
     def image_codes(self, images: Tensor) -> Tensor:
         """A tokenizer's codes (B, P) int64 of images (B, S, S, 3) uint8."""

@@ -20,6 +20,7 @@ OBJECTIVES = (
     "mtm",
     "mim",
     "mvm",
+    "mpp",
     "vqkd",
 )
 
@@ -47,8 +48,11 @@ class ObjectivesConfig:
             `mrm_probability` is the share of regions hidden, `mrm_reduction` what features and
             distributions are averaged over (`objectives.regions`).
         mim: masked image modelling: a frozen tokenizer's codes of hidden patches (BEiT);
-            `mim_probability` is the share of patches hidden.
-        mvm: masked vision modelling: the same where the image's text can be seen (BEiT-3).
+            `mim_probability` is the share of patches hidden. `mim_reads` "image": they are told
+            from the image alone; "pair": from the fused tokens of the image with its text.
+        mvm: masked vision modelling: as `mim` from pairs, beside `mim` of images alone (BEiT-3).
+        mpp: masked patch prediction: the mean colour of the patches that `mim` hides, each channel
+            one of 256 values (ViLT).
         vqkd: a tokenizer's own training: a frozen teacher's features of each patch from its code;
             `commitment` weighs the distance of vectors from their codes.
         guide: run folder of the frozen model that gives these targets: of mim a tokenizer's (preset
@@ -80,8 +84,10 @@ class ObjectivesConfig:
     mlm_causal: bool = False
     mim: float = 0.0
     mvm: float = 0.0
+    mpp: float = 0.0
     vqkd: float = 0.0
     mim_probability: float = 75 / 196
+    mim_reads: Literal["image", "pair"] = "image"
     commitment: float = 1.0
     guide: str = ""
     itm_negatives: Literal["hard", "random"] = "hard"
@@ -116,7 +122,7 @@ class ObjectivesConfig:
         for name in ("mrm_probability", "mim_probability"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"objectives.{name} must be in (0, 1], got {getattr(self, name)}")
-        if self.hides_patches and self.vqkd:
+        if self.masks_patches and self.vqkd:
             raise ValueError(
                 "objectives.mim learns a trained tokenizer's codes and objectives.vqkd trains one: "
                 "one after the other"
@@ -159,9 +165,26 @@ class ObjectivesConfig:
         return bool(self.mrfr or self.mrc or self.mrckl)
 
     @property
-    def hides_patches(self) -> bool:
-        """Whether an objective predicts the codes of hidden patches."""
-        return bool(self.mim or self.mvm)
+    def masks_pairs(self) -> bool:
+        """Whether an objective tells what is hidden of an image from its text too."""
+        pairs = (self.mim or self.mpp) and self.mim_reads == "pair"
+        return bool(self.masks_regions or self.mvm or pairs)
+
+    @property
+    def masks_patches(self) -> bool:
+        """Whether an objective predicts something of hidden patches."""
+        return bool(self.mim or self.mvm or self.mpp)
+
+    @property
+    def masks_images_alone(self) -> bool:
+        """Whether an objective predicts something of hidden patches from the image alone."""
+        return bool(self.mim or self.mpp) and self.mim_reads == "image"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether an objective does."""
+        alone = {"vqkd"} if self.masks_pairs else {"vqkd", "mim", "mpp"}
+        return bool(self.weights.keys() - alone)
 
     def at(self, step: int, seed: int) -> ObjectivesConfig:
         """What optimizer step `step` trains: all, or the one of `mix` that (seed, step) draw."""

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from vlpfast.objectives.config import ObjectivesConfig
 
-# Objectives that read no text.
-IMAGES_ALONE = {"mim", "vqkd"}
-
 
 class Rows(Enum):
     """Groups of B (text, image) rows of the fusion call, in the order in which they are packed."""
@@ -69,18 +66,17 @@ class Plan:
         if config.itm and not hard:
             matching = (Rows.MIXED,)
         masked = (Rows.MASKED,) if config.mlm else ()
-        hidden = (Rows.MASKED_IMAGE,) if config.masks_regions or config.mvm else ()
-        alone = (Rows.MASKED_TEXT_ALONE,) if config.mtm else ()
-        if config.mim and one_stack:
-            alone += (Rows.MASKED_IMAGE_ALONE,)
-        text = config.weights.keys() - IMAGES_ALONE
+        hidden = (Rows.MASKED_IMAGE,) if config.masks_pairs else ()
+        # Rows without an image last: where those before lie, the host then knows.
+        alone = (Rows.MASKED_IMAGE_ALONE,) if config.masks_images_alone and one_stack else ()
+        alone += (Rows.MASKED_TEXT_ALONE,) if config.mtm else ()
         return cls(
             bool(config.mlm),
             matching + masked + hidden + alone,
             hard,
-            config.masks_regions or config.hides_patches,
-            bool(text),
-            bool(text) or bool(config.vqkd),
+            config.masks_regions or config.masks_patches,
+            config.reads_text,
+            config.reads_text or bool(config.vqkd),
             bool(config.mtm),
             bool(config.itc or config.sigmoid or config.hinge),
             bool(config.mlm) and config.mlm_causal,

@@ -29,6 +29,7 @@ _AFTER_FUSION = {
     "mrckl": regions.mrckl,
     "mim": codes.mim,
     "mvm": codes.mvm,
+    "mpp": codes.mpp,
     "vqkd": codes.vqkd,
 }
 
@@ -94,7 +95,8 @@ class PretrainStep(nn.Module):
             (model.match_head, bool(config.itm)),
             (model.token_head, words),
             (model.region_heads, config.masks_regions),
-            (model.code_head, config.hides_patches),
+            (model.code_head, bool(config.mim or config.mvm)),
+            (model.color_head, bool(config.mpp)),
         )
         experts = model.config.fusion.experts != "shared" and not (
             (words or config.itm) and plan.masked_image
@@ -110,8 +112,8 @@ class PretrainStep(nn.Module):
         Args:
             batch: with `masked_text` and `mlm_labels` where MLM is enabled, `masked_alone` and
                 `alone_labels` where masked text modelling is, with `regions` where the model reads
-                them, `masked_regions` where hidden ones are predicted, `hidden_patches` and `codes`
-                for MIM, `features` for VQ-KD.
+                them, `masked_regions` where hidden ones are predicted, `hidden_patches` for MIM and
+                MPP, `codes` for MIM, `features` for VQ-KD.
             seed: keys dropout and hard negatives; the caller varies it by step and rank.
             step: optimizer step, for the ramp of alpha, the end of patch dropping and the choice of
                 objective.

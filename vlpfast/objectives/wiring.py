@@ -20,7 +20,8 @@ NEEDS = {
     "mrckl": ("region heads",),
     "mtm": ("one stack for both", "a token head"),
     "mim": ("a code head",),
-    "mvm": ("one stack for both", "a code head"),
+    "mvm": ("fused image tokens", "a code head"),
+    "mpp": ("a color head",),
     "vqkd": ("a codebook",),
 }
 
@@ -45,10 +46,16 @@ def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
     if objectives.mlm_causal and "one stack for both" not in model.parts:
         part = "one stack for both"
         raise ValueError(f"objectives.mlm_causal needs {part}; {missing(model.preset, part)}")
-    if objectives.hides_patches and (model.vision.patch_dropout or model.vision.max_patches):
+    fused = "fused image tokens"
+    pairs = objectives.mim or objectives.mpp
+    if pairs and objectives.mim_reads == "pair" and fused not in model.parts:
         raise ValueError(
-            "objectives.mim hides patches of whole images: model.vision.patch_dropout and "
-            "model.vision.max_patches must be 0"
+            f"objectives.mim_reads 'pair' needs {fused}; {missing(model.preset, fused)}"
+        )
+    if objectives.masks_patches and (model.vision.patch_dropout or model.vision.max_patches):
+        raise ValueError(
+            "objectives.mim and objectives.mpp hide patches of whole images: "
+            "model.vision.patch_dropout and model.vision.max_patches must be 0"
         )
     idle = "a learned scale" in model.parts and not (objectives.itc or objectives.sigmoid)
     if objectives.hinge and idle:

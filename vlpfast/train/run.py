@@ -101,7 +101,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
                     batch.visual("regions"), probability=objectives.mrm_probability, **key
                 )
                 batch = replace(batch, masked_regions=hidden)
-            if objectives.hides_patches:
+            if objectives.masks_patches:
                 patches = config.model.num_patches
                 count = max(1, round(objectives.mim_probability * patches))
                 ids = mask_patches(count, math.isqrt(patches), **key)
