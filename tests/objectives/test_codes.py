@@ -129,7 +129,7 @@ def test_mpp_by_loops(preset):
     """From the image alone, or where one stack reads both, with its text."""
     torch.manual_seed(0)
     config = preset_config(preset, "tiny", image_size=SIDE, vocab_size=50, color_head=True)
-    vision = replace(config.vision, max_patches=0, depth=1)
+    vision = replace(config.vision, max_patches=0, depth=min(config.vision.depth, 1))
     model = VLPModel(replace(config, vision=vision))
     objectives = ObjectivesConfig(itc=0.0, mpp=1.0)
     batch = hidden_batch()

@@ -23,7 +23,7 @@ MASKED = ObjectivesConfig(itc=0.0, mlm=1.0, mtm=1.0)
 
 def beit3_step(config: ObjectivesConfig = MASKED, **model) -> PretrainStep:
     torch.manual_seed(0)
-    model = {"codes": 9 if config.hides_patches else 0} | model
+    model = {"codes": 9 if (config.mim or config.mvm) else 0} | model
     model |= {} if config.itc else {"embed_dim": 0}
     return PretrainStep(
         create_model("beit3", "tiny", vocab_size=50, image_size=16, **model), config
@@ -180,7 +180,7 @@ def test_the_three_kinds_of_data_train_everything():
 
 def vlmo_step(config: ObjectivesConfig, **model) -> PretrainStep:
     torch.manual_seed(0)
-    model = {"codes": 9 if config.hides_patches else 0, "context_length": 16} | model
+    model = {"codes": 9 if (config.mim or config.mvm) else 0, "context_length": 16} | model
     return PretrainStep(create_model("vlmo", "tiny", vocab_size=50, image_size=16, **model), config)
 
 

@@ -562,8 +562,9 @@ class ModelConfig:
 
     @property
     def one_stack(self) -> bool:
-        """Whether text and image tokens go through the same blocks."""
-        return self.fusion.depth > 0 and self.fusion.kind == "concat"
+        """Whether the fusion's blocks are all that texts and images go through."""
+        fusion, towers = self.fusion, self.vision.depth + self.text.depth
+        return fusion.depth > 0 and fusion.kind == "concat" and not towers
 
     @property
     def num_patches(self) -> int:

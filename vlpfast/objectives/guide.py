@@ -50,14 +50,14 @@ class Guide:
         if bool(needed) != bool(objectives.guide):
             raise ValueError(
                 f"objectives.{needed[0]} needs objectives.guide, the run folder of "
-                f"{'a tokenizer' if objectives.hides_patches else 'a teacher'}"
+                f"{'a tokenizer' if bool(objectives.mim or objectives.mvm) else 'a teacher'}"
                 if needed
                 else f"objectives.guide {objectives.guide!r} gives targets of mim, mvm, vqkd only"
             )
         if not needed:
             return None
         model, _ = load_model(Path(objectives.guide))
-        return cls(model.to(device), objectives.hides_patches)
+        return cls(model.to(device), bool(objectives.mim or objectives.mvm))
 
     @property
     def sha256(self) -> str:

@@ -96,7 +96,8 @@ class PretrainStep(nn.Module):
             (model.match_head, bool(config.itm)),
             (model.token_head, words),
             (model.region_heads, config.masks_regions),
-            (model.code_head, config.hides_patches),
+            (model.code_head, bool(config.mim or config.mvm)),
+            (model.color_head, bool(config.mpp)),
         )
         experts = model.config.fusion.experts != "shared" and not (
             (words or config.itm) and plan.masked_image
