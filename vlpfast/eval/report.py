@@ -8,7 +8,7 @@ from pathlib import Path
 
 # A metric under one of these prefixes is another way to score the one without it.
 VARIANTS = {"": "itc", "itm_": "itm", "shuffled_": "shuffled image"}
-_FIRST_HEADING = {"mlm": "true image", "align": "true image"}
+_FIRST_HEADING = dict.fromkeys(("mlm", "align", "vqa", "classify"), "true image")
 _NOT_PERCENT = ("medr", "meanr", "rsum")
 
 
