@@ -243,7 +243,7 @@ def test_exported_weights_serve_where_there_is_no_checkpoint(run_dir, table, tok
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"task": "ocr"}, ValueError, "unknown task 'ocr'; tasks are retrieval, mlm, swap"),
+        ({"task": "riddle"}, ValueError, "unknown task 'riddle'; tasks are retrieval, mlm, swap"),
         (
             {"run_dir": "nowhere"},
             FileNotFoundError,

@@ -15,9 +15,7 @@ VARIANTS = {
     "random_": "random weights",
 }
 _FIRST_HEADING = {
-    "mlm": "true image",
-    "align": "true image",
-    "caption": "true image",
+    **dict.fromkeys(("mlm", "align", "caption", "vqa", "classify"), "true image"),
     "codes": "trained",
     "mim": "hidden patches",
     "linear": "trained",
