@@ -12,7 +12,7 @@ from vlpfast.layers.region import SummedRegionEmbedding
 from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.models.co import CoTower
 from vlpfast.models.config import FusionConfig, StackConfig
-from vlpfast.models.towers import init_tower
+from vlpfast.models.stack import init_tower
 from vlpfast.ragged import Ragged
 
 

@@ -9,7 +9,8 @@ from vlpfast.integrations.transformers import vilt_state_dict
 from vlpfast.layers.block import Layout
 from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.models.config import FusionConfig
-from vlpfast.models.towers import ConcatTower, init_tower
+from vlpfast.models.fusion import ConcatTower
+from vlpfast.models.stack import init_tower
 from vlpfast.ragged import Ragged
 
 

@@ -14,7 +14,7 @@ from vlpfast.layers.position_bias import pair_displacements
 from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.models.config import FusionConfig
 from vlpfast.models.experts import ExpertTower
-from vlpfast.models.towers import init_tower
+from vlpfast.models.stack import init_tower
 from vlpfast.ragged import Ragged
 
 KINDS = {

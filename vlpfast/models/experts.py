@@ -18,8 +18,8 @@ from vlpfast.layers.experts import (
 )
 from vlpfast.layers.position_bias import RelativeBias, pair_displacements
 from vlpfast.models.config import FusionConfig, ModelConfig
+from vlpfast.models.fusion import ConcatTower
 from vlpfast.models.outputs import FusedOutput
-from vlpfast.models.towers import ConcatTower
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 

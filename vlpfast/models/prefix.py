@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from vlpfast.layers.keys import KeyCache
 from vlpfast.models.config import FusionConfig
-from vlpfast.models.towers import ConcatTower, TextTower
+from vlpfast.models.fusion import ConcatTower
+from vlpfast.models.towers import TextTower
 from vlpfast.ragged import Ragged
 
 

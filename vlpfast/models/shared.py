@@ -15,8 +15,8 @@ from vlpfast.layers.block import Layout
 from vlpfast.layers.keys import KeyCache
 from vlpfast.layers.moe import MoeBlock, Routes
 from vlpfast.models.config import FusionConfig
+from vlpfast.models.fusion import ConcatTower
 from vlpfast.models.outputs import FusedOutput
-from vlpfast.models.towers import ConcatTower
 from vlpfast.ragged import Ragged
 
 

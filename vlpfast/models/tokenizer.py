@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vlpfast.layers.codebook import Codebook
 from vlpfast.models.config import CodebookConfig, VisionConfig
-from vlpfast.models.towers import PatchDecoder, init_tower
+from vlpfast.models.stack import init_tower
+from vlpfast.models.towers import PatchDecoder
 
 
 class Tokenized(NamedTuple):

@@ -5,86 +5,31 @@ It holds no loss and knows no data set.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlpfast.layers.block import ResidualNorm
 from vlpfast.layers.keys import KeyCache
-from vlpfast.layers.region import REGION_HEADS
 from vlpfast.models.co import CoTower
-from vlpfast.models.config import FusionConfig, ModelConfig, TextConfig
+from vlpfast.models.config import ModelConfig, TextConfig
 from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.experts import ExpertTower
+from vlpfast.models.fusion import ConcatTower, FusionTower, ImageKeys, share_text, tied_decoder
 from vlpfast.models.generate import Generated, SearchOptions, generate
+from vlpfast.models.heads import Heads, unit
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
 from vlpfast.models.prefix import PrefixTower, decode_in_sequence
 from vlpfast.models.presets import missing, preset_config
 from vlpfast.models.shared import Kind, SharedTower
-from vlpfast.models.tokenizer import VisualTokenizer
-from vlpfast.models.towers import (
-    ConcatTower,
-    FusionTower,
-    ImageKeys,
-    TextTower,
-    VisionTower,
-    init_tower,
-    share_text,
-    tied_decoder,
-)
+from vlpfast.models.stack import init_tower
+from vlpfast.models.towers import TextTower, VisionTower
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
 
 
-def _full(x: Tensor) -> Tensor:
-    """At least fp32: what leaves the model enters softmaxes and norms."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(_full(x), dim=-1)
-
-
-class TokenHead(nn.Module):
-    """What predicts tokens: BERT's transform (Linear, GELU, LayerNorm) where `transform`, then the
-    vocabulary, whose weight is the token table itself where `tied`.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        vocab_size: int,
-        norm_eps: float,
-        *,
-        transform: bool = True,
-        tied: bool = True,
-    ) -> None:
-        super().__init__()
-        self.dense = nn.Linear(dim, dim) if transform else None
-        self.norm = ResidualNorm(dim, norm_eps) if transform else None
-        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The transform alone."""
-        return hidden if self.dense is None else self.norm(F.gelu(self.dense(hidden)))[0]
-
-
-class JointHeads(nn.Module):
-    """The second pair of projections into a joint space, and its scale (VLMo)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.image = nn.Linear(config.fusion.dim, config.embed_dim, config.projection_bias)
-        self.text = nn.Linear(config.fusion.dim, config.embed_dim, config.projection_bias)
-        self.scale = nn.Parameter(torch.tensor(math.log(config.scale_init)))
-
-
-class VLPModel(nn.Module):
+class VLPModel(Heads):
     """Vision tower, text tower, optional fusion tower, poolers and heads.
 
     Args:
@@ -103,57 +48,7 @@ class VLPModel(nn.Module):
             share_text(self.fusion, self.text)
             if config.decoder:
                 self.decoder = tied_decoder(self.fusion, fusion, vision.dim)
-        self.image_projection = _projection(config, vision.dim, config.image_projection)
-        self.text_projection = _projection(config, text.dim, config.text_projection)
-        self.joint_heads = JointHeads(config) if config.joint_embedding else None
-        self.pooler, self.image_pooler, width = _poolers(fusion, vision.dim)
-        matches = fusion.depth and config.match_head
-        self.match_head = nn.Linear(width, 2) if matches else None
-        self.lm_head = None
-        if config.lm_head == "linear":
-            self.lm_head = nn.Linear(fusion.dim, text.vocab_size, bias=False)
-        elif config.lm_head == "tied":
-            self.lm_head = TokenHead(text.dim, text.vocab_size, text.norm_eps)
-        self.token_head = (
-            TokenHead(
-                text.dim,
-                text.vocab_size,
-                text.norm_eps,
-                transform=config.mlm_transform,
-                tied=config.mlm_tied,
-            )
-            if config.mlm_head
-            else None
-        )
-        self.region_heads = (
-            REGION_HEADS[vision.region_kind](
-                vision.dim, vision.region_dim, vision.region_classes, fusion.norm_eps
-            )
-            if config.region_heads
-            else None
-        )
-        self.code_head = nn.Linear(vision.dim, config.codes) if config.codes else None
-        # 256 values of each of three channels.
-        self.color_head = nn.Linear(vision.dim, 3 * 256) if config.color_head else None
-        self.tokenizer = (
-            VisualTokenizer(config.codebook, vision, config.num_patches)
-            if config.codebook.size
-            else None
-        )
-        init = math.log(config.scale_init) if config.scale == "log" else 1 / config.scale_init
-        scale = torch.tensor(init)
-        if not config.embed_dim:
-            self.scale = None
-        elif config.scale == "none":
-            self.register_buffer("scale", scale, persistent=False)
-        else:
-            self.scale = nn.Parameter(scale)
-        self.task_scale = nn.ParameterDict(
-            {task: torch.tensor(math.log(config.scale_init)) for task in config.task_scales}
-        )
-        self.logit_bias = (
-            nn.Parameter(torch.tensor(config.logit_bias_init)) if config.logit_bias else None
-        )
+        self.make_heads()
         self.init_weights()
 
     @torch.no_grad()
@@ -167,32 +62,7 @@ class VLPModel(nn.Module):
         for tower in (self.fusion, self.decoder):
             if tower is not None:
                 init_tower(tower, self.config.fusion)
-        for projection in (self.image_projection, self.text_projection):
-            if isinstance(projection, nn.Linear):
-                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-        if self.joint_heads is not None:
-            for projection in (self.joint_heads.image, self.joint_heads.text):
-                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-        if self.tokenizer is not None:
-            self.tokenizer.init_weights()
-        heads = (
-            self.match_head,
-            self.token_head,
-            self.pooler,
-            self.image_pooler,
-            self.region_heads,
-            self.code_head,
-            self.lm_head,
-            self.fusion.project if self.config.shared else None,
-            self.color_head,
-        )
-        for head in (m for part in heads if part is not None for m in part.modules()):
-            if isinstance(head, nn.Linear):
-                nn.init.normal_(head.weight, std=0.02)
-                if head.bias is not None:
-                    nn.init.zeros_(head.bias)
-            elif isinstance(head, TokenHead) and head.weight is not None:
-                nn.init.normal_(head.weight, std=0.02)
+        self.init_heads()
 
     @property
     def has_fusion(self) -> bool:
@@ -208,33 +78,6 @@ class VLPModel(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters lie."""
         return next(self.parameters()).device
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """0-d multiplier of the cosine similarities."""
-        self._need(self.scale, "a joint space")
-        return self.scale.exp() if self.config.scale == "log" else 1 / self.scale
-
-    def scale_of(self, task: str) -> Tensor:
-        """0-d multiplier of the cosine similarities of an objective: its own, or `logit_scale`."""
-        return self.task_scale[task].exp() if task in self.task_scale else self.logit_scale
-
-    @torch.no_grad()
-    def clamp_scale(self) -> None:
-        """Keeps the multipliers within [scale_min, scale_max]; called after each optimizer step."""
-        if self.scale is None:
-            return
-        low, high = self.config.scale_min, self.config.scale_max
-        for scale in self.task_scale.values():
-            scale.clamp_(math.log(low) if low > 0 else None, math.log(high or math.inf))
-        if self.config.scale == "log":
-            bounds = [math.log(bound) if bound > 0 else None for bound in (low, high)]
-        else:
-            bounds = [1 / bound if bound > 0 else None for bound in (high, low)]
-        if bounds != [None, None] and self.config.scale != "none":
-            self.scale.clamp_(*bounds)
-            if self.joint_heads is not None:
-                self.joint_heads.scale.clamp_(*bounds)
 
     def encode_image(
         self,
@@ -282,8 +125,8 @@ class VLPModel(nn.Module):
             return ImageOutput(tokens, own, joint_embedding=joint)
         pooled = self.vision.pool(embedded)
         if self.config.vision.unit_features:
-            pooled = _unit(pooled).to(pooled.dtype)
-        return ImageOutput(tokens, _unit(self.image_projection(pooled)), class_head)
+            pooled = unit(pooled).to(pooled.dtype)
+        return ImageOutput(tokens, unit(self.image_projection(pooled)), class_head)
 
     def encode_text(
         self, text: Ragged, *, seed: int = 0, num_embedded: int | None = None
@@ -299,11 +142,11 @@ class VLPModel(nn.Module):
         tokens = self.text(text, seed)
         if self.config.fusion.shares_text:
             wanted = num_embedded != 0
-            first = _unit(self.text_projection(tokens.values[text.first()])) if wanted else None
+            first = unit(self.text_projection(tokens.values[text.first()])) if wanted else None
             return TextOutput(self._embedded(text, self.config.text.task_ids[1]), first)
         if self.config.text.pool == "appended":
             wanted = num_embedded != 0
-            last = _unit(self.text_projection(tokens.values[tokens.last()])) if wanted else None
+            last = unit(self.text_projection(tokens.values[tokens.last()])) if wanted else None
             return TextOutput(tokens.without_last(), last)
         if not self.has_joint_space or num_embedded == 0:
             return TextOutput(tokens, None)
@@ -316,7 +159,7 @@ class VLPModel(nn.Module):
             return TextOutput(tokens, *self._embed_alone(embedded, "text", seed))
         first = self.config.text.pool == "first"
         pooled = embedded.values[embedded.first() if first else embedded.last()]
-        return TextOutput(tokens, _unit(self.text_projection(pooled)))
+        return TextOutput(tokens, unit(self.text_projection(pooled)))
 
     def image_states(self, tokens: Tensor) -> Tensor:
         """What the image tower makes of images (B, N, D), from `encode_image`'s tokens: themselves,
@@ -336,10 +179,10 @@ class VLPModel(nn.Module):
         project = self.text_projection if modality == "text" else self.image_projection
         seed, first = fold_seed(seed, 1), part.first()
         if self.joint_heads is None:
-            return _unit(project(self.fusion.alone(part, modality, seed).values[first])), None
+            return unit(project(self.fusion.alone(part, modality, seed).values[first])), None
         own, joint = self.fusion.alone_twice(part, modality, seed)
         head = getattr(self.joint_heads, modality)
-        return _unit(project(own.values[first])), _unit(head(joint.values[first]))
+        return unit(project(own.values[first])), unit(head(joint.values[first]))
 
     def image_keys(self, image_tokens: Tensor | Ragged) -> ImageKeys | Ragged:
         """What `fuse` reads of images (B, N, D) or packed, once for any number of texts: keys and
@@ -421,21 +264,6 @@ class VLPModel(nn.Module):
             tokens = self.encode_text(text, seed=seed).tokens
         return self.fusion(tokens, keys, kv_index, seed, cache).text
 
-    def lm_head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of states (n, D) of `decode`, what `ops.linear_cross_entropy` takes: states, vocabulary
-        weight (V, D), bias (V,) or None.
-        """
-        if self.config.shared:
-            return self.token_head_inputs(hidden, "lm")
-        self._need(self.lm_head, "a text decoder")
-        if isinstance(self.lm_head, TokenHead):
-            return self.lm_head(hidden), self.text.embedding.token, self.lm_head.bias
-        return hidden, self.lm_head.weight, None
-
-    def next_token_logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits (n, V) of states (n, D) of `decode`."""
-        return _full(F.linear(*self.lm_head_inputs(hidden)))
-
     def generate(
         self, images: Tensor | Regions, *, start_id: int, end_id: int, max_tokens: int, **options
     ) -> Generated:
@@ -456,95 +284,6 @@ class VLPModel(nn.Module):
             keys = self.image_keys(self.encode_image(images).tokens)
             return generate(self, keys, len(images), search)
 
-    def match(self, fused: Ragged | FusedOutput, rows: int | None = None) -> Tensor:
-        """Image-text matching logits (R, 2) from the first token of each row (or of the first
-        `rows`); index 1 says "they match". A model with `fusion.pair_pooler` needs both streams.
-        """
-        text, image = (fused, None) if isinstance(fused, Ragged) else (fused.text, fused.image)
-        first = text.values[text.first()[:rows]]
-        if self.image_pooler is None:
-            return self.match_logits(first)
-        if image is None:
-            raise ValueError(
-                f"match of preset {self.config.preset!r} reads the fused image tokens too: give "
-                "what fuse_pairs returns"
-            )
-        return self.match_logits(first, image.values[image.first()[:rows]])
-
-    def match_logits(self, first_tokens: Tensor, first_places: Tensor | None = None) -> Tensor:
-        """`match` on first tokens (R, D), and where the model pools images (R, D_image), already
-        taken.
-        """
-        self._need(self.match_head, "a matching head")
-        return _full(self.match_head(self.pool(first_tokens, first_places)))
-
-    def pool(self, first_tokens: Tensor, first_places: Tensor | None = None) -> Tensor:
-        """What the matching head reads of first tokens (R, D): BERT's pooler where there is one;
-        with `fusion.pair_pooler` the product of what is pooled of texts and of images.
-        """
-        if self.image_pooler is not None:
-            return self.pooler(first_tokens).relu() * self.image_pooler(first_places).relu()
-        return first_tokens if self.pooler is None else self.pooler(first_tokens).tanh()
-
-    def region_features(self, hidden: Tensor) -> Tensor:
-        """Features (n, region_dim) of hidden regions from their fused tokens (n, D)."""
-        self._need(self.region_heads, "region heads")
-        if "a region feature head" not in self.config.parts:
-            raise ValueError(missing(self.config.preset, "a region feature head"))
-        return _full(self.region_heads.features(hidden, self.vision.embedding))
-
-    def region_logits(self, hidden: Tensor) -> Tensor:
-        """Class logits (n, region_classes) of hidden regions from their fused tokens (n, D); as
-        LXMERT has them, one column less: there is no background.
-        """
-        self._need(self.region_heads, "region heads")
-        return _full(self.region_heads.logits(hidden))
-
-    def patches(self, tokens: Tensor) -> Tensor:
-        """Of image tokens (B, N, D) those of patches, (B, P, D)."""
-        return tokens[:, -self.config.num_patches :]
-
-    def code_head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (n, D), weight (K, D) and bias (K,) of the code head: what
-        `ops.linear_cross_entropy` takes.
-        """
-        self._need(self.code_head, "a code head")
-        return hidden, self.code_head.weight, self.code_head.bias
-
-    def code_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., K) of codes from hidden states (..., D)."""
-        return _full(F.linear(*self.code_head_inputs(hidden)))
-
-    def color_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., 3, 256) of mean colours from hidden states (..., D)."""
-        self._need(self.color_head, "a color head")
-        return _full(self.color_head(hidden)).unflatten(-1, (3, 256))
-
-    def image_codes(self, images: Tensor) -> Tensor:
-        """A tokenizer's codes (B, P) int64 of images (B, S, S, 3) uint8."""
-        self._need(self.tokenizer, "a codebook")
-        return self.tokenizer.codes(self.patches(self.encode_image(images).tokens))
-
-    def token_logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits (n, V) of hidden states (n, D)."""
-        return _full(F.linear(*self.token_head_inputs(hidden)))
-
-    def token_head_inputs(
-        self, hidden: Tensor, task: str = "mlm"
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Transformed hidden states (n, D), vocabulary weight (V, D) and bias (V,) or None: what
-        `ops.linear_cross_entropy` takes.
-
-        Of a shared encoder they are features (n, E) times the multiplier of objective `task`, and
-        the features (V, E) of the words, encoded at each call.
-        """
-        if self.config.shared:
-            return self.scale_of(task) * self.fusion.features(hidden), self.encode_words(), None
-        self._need(self.token_head, "a token head")
-        head = self.token_head
-        weight = self.text.embedding.token if head.weight is None else head.weight
-        return head(hidden), weight, head.bias
-
     def encode_words(self) -> Tensor:
         """Features (V, E) of the vocabulary's words, each a text of its own (Uni-Perceiver)."""
         words = torch.arange(self.config.text.vocab_size, device=self.device)
@@ -559,10 +298,6 @@ class VLPModel(nn.Module):
         if start == 0:
             text = text.with_values(text.values.index_fill(0, text.first(), task_id))
         return text.with_values(self.text.embedding(text, start))
-
-    def _need(self, part: nn.Module | Tensor | None, what: str) -> None:
-        if part is None:
-            raise ValueError(missing(self.config.preset, what))
 
 
 def _text_tower(config: TextConfig) -> TextTower | GruTower | None:
@@ -584,25 +319,6 @@ def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | CoTower | N
     if config.kind == "prefix":
         return PrefixTower(config, model.vision.dim)
     return ConcatTower(config) if config.kind == "concat" else FusionTower(config, model.vision.dim)
-
-
-def _poolers(
-    config: FusionConfig, image_dim: int
-) -> tuple[nn.Linear | None, nn.Linear | None, int]:
-    """Of texts and images, and the width that the matching head reads."""
-    if config.pair_pooler:
-        poolers = (nn.Linear(width, image_dim) for width in (config.dim, image_dim))
-        return (*poolers, image_dim)
-    return nn.Linear(config.dim, config.dim) if config.pooler else None, None, config.dim
-
-
-def _projection(config: ModelConfig, width: int, wanted: bool) -> nn.Module | None:
-    """Into the joint space: None where the model has none or its one encoder projects, the identity
-    where it is the tower's.
-    """
-    if not config.embed_dim or config.shared:
-        return None
-    return nn.Linear(width, config.embed_dim, config.projection_bias) if wanted else nn.Identity()
 
 
 def create_model(preset: str, size: str = "tiny", **overrides) -> VLPModel:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlpfast.data.batch import Batch
+from vlpfast.models.fusion import ImageKeys
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
-from vlpfast.models.towers import ImageKeys
 from vlpfast.models.vlp import VLPModel
 from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.objectives.plan import Plan, Rows

@@ -1,0 +1,200 @@
+"""Where texts and images meet: by cross-attention, or as one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlpfast.layers.block import Block, CrossKeys, Layout
+from vlpfast.layers.keys import KeyCache, KeyNorm
+from vlpfast.models.config import FusionConfig
+from vlpfast.models.outputs import FusedOutput
+from vlpfast.models.stack import final_norm, finish, make_blocks
+from vlpfast.models.towers import TextTower
+from vlpfast.ops.seed import fold_seed
+from vlpfast.ragged import Ragged
+
+
+class ImageKeys(NamedTuple):
+    """Keys and values of all fusion layers, (B, N, layers, 2, H, E), projected once per image."""
+
+    kv: Tensor
+
+    def layer(self, number: int, kv_index: Tensor) -> CrossKeys:
+        """What layer `number` reads, and which image each text row reads."""
+        k, v = self.kv[:, :, number].unbind(2)
+        return CrossKeys(k, v, kv_index)
+
+    def select(self, images: Tensor) -> ImageKeys:
+        """Keys of the images `images` (R,) int64."""
+        return ImageKeys(self.kv[images])
+
+
+class FusionTower(nn.Module):
+    """Text blocks that read images by cross-attention (ALBEF).
+
+    One GEMM projects keys and values for all layers.
+    """
+
+    def __init__(self, config: FusionConfig, image_dim: int) -> None:
+        super().__init__()
+        self.heads, self.depth, self.causal = config.heads, config.depth, config.causal
+        self.key_norm = (
+            KeyNorm(image_dim, config.depth, config.norm_eps) if config.key_norm else None
+        )
+        self.image_kv = nn.Linear(image_dim, config.depth * 2 * config.dim)
+        self.blocks = make_blocks(config, cross=True, mlp_between=config.mlp_between)
+        self.norm = final_norm(config)
+
+    def image_keys(self, image_tokens: Tensor) -> ImageKeys:
+        """Image tokens (B, N, D_image) -> keys and values of every layer."""
+        if self.key_norm is None:
+            kv = self.image_kv(image_tokens)
+        else:
+            kv = self.key_norm(image_tokens, self.image_kv)
+        return ImageKeys(kv.unflatten(-1, (self.depth, 2, self.heads, -1)))
+
+    def forward(
+        self,
+        text: Ragged,
+        keys: ImageKeys,
+        kv_index: Tensor,
+        seed: int = 0,
+        cache: KeyCache | None = None,
+    ) -> FusedOutput:
+        """With a `cache`, `text` goes on from the tokens that are in it."""
+        branch, residual = None, text.values
+        blocks = "causal" if self.causal else None
+        layout = Layout(text.cu_seqlens, text.max_len, blocks, cache=cache)
+        for number, block in enumerate(self.blocks):
+            branch, residual = block(
+                branch, residual, layout, keys.layer(number, kv_index), fold_seed(seed, number)
+            )
+        return FusedOutput(text.with_values(finish(self.norm, branch, residual, seed)), None)
+
+
+class ConcatTower(nn.Module):
+    """Blocks over sequences that hold a text's tokens, then its image's (UNITER, ViLT)."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.modality = nn.Parameter(torch.empty(2, config.dim)) if config.modality_types else None
+        self.blocks = make_blocks(config)
+        self.norm = final_norm(config)
+
+    def image_keys(self, image_tokens: Tensor | Ragged) -> Ragged:
+        """Image tokens (B, N, D) or packed, as `forward` reads them: packed."""
+        if isinstance(image_tokens, Ragged):
+            return image_tokens
+        return Ragged.from_dense(image_tokens)
+
+    def alone(self, part: Ragged, modality: Literal["text", "image"], seed: int = 0) -> Ragged:
+        """The stack over texts alone or images alone (R, packed tokens): rows whose other part is
+        empty.
+        """
+        size, nothing = len(part), Ragged.empty(part.values)
+        if modality == "text":
+            first = torch.zeros(size, dtype=torch.int64, device=part.cu_seqlens.device)
+            return self(part, nothing, first, seed).text
+        own = torch.arange(size, device=part.cu_seqlens.device)
+        return self(nothing.select(own * 0), part, own, seed).image
+
+    def forward(
+        self,
+        text: Ragged,
+        keys: Ragged,
+        kv_index: Tensor,
+        seed: int = 0,
+        *,
+        text_blocks: Tensor | None = None,
+        cache: KeyCache | None = None,
+    ) -> FusedOutput:
+        """Row r joins text r and image `kv_index[r]`; nothing is padded.
+
+        Args:
+            text: packed tokens (T, D) of R texts.
+            keys: packed tokens of the images.
+            kv_index (R,): int64.
+            seed: keys dropout in training.
+            text_blocks (T,): int >= 0, which text tokens see each other (`ops.attention`); images
+                are block 0, which all see. None: everything sees everything.
+            cache: an empty one, which then holds all these tokens' keys for `proceed`; rows are of
+                one length.
+        """
+        if self.modality is not None:
+            text = text.with_values(text.values + self.modality[0])
+            keys = keys.with_values(keys.values + self.modality[1])
+        own = torch.arange(len(text), device=kv_index.device)
+        pieces = torch.stack([own, len(text) + kv_index], 1).flatten()
+        packed = Ragged.cat([text, keys]).select(pieces)
+        blocks = None
+        if text_blocks is not None:
+            of_images = keys.with_values(text_blocks.new_zeros(keys.values.shape[0]))
+            blocks = Ragged.cat([text.with_values(text_blocks), of_images]).select(pieces).values
+        # Every other offset: a text and its image are one sequence.
+        bounds, most = packed.cu_seqlens[::2].contiguous(), text.max_len + keys.max_len
+        layout = self._routed(Layout(bounds, most, blocks, cache=cache), packed, own)
+        packed = packed.with_values(self.run(packed.values, layout, seed))
+        if cache is not None:
+            cache.prefix = keys.max_len
+        texts, images = packed.select(2 * own), packed.select(2 * own + 1)
+        return FusedOutput(
+            replace(texts, max_len=text.max_len), replace(images, max_len=keys.max_len)
+        )
+
+    def proceed(self, text: Ragged, cache: KeyCache, seed: int = 0) -> Ragged:
+        """States of text tokens (T, D) that go on from the sequences in `cache`."""
+        if self.modality is not None:
+            text = text.with_values(text.values + self.modality[0])
+        layout = self._routed(Layout(text.cu_seqlens, text.max_len, cache=cache), text, None)
+        return text.with_values(self.run(text.values, layout, seed))
+
+    def run(self, tokens: Tensor, layout: Layout, seed: int) -> Tensor:
+        """The blocks and the last norm over packed tokens (T, D)."""
+        branch, residual = None, tokens
+        for number, block in enumerate(self.blocks):
+            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
+        return finish(self.norm, branch, residual, seed)
+
+    def _routed(self, layout: Layout, packed: Ragged, own: Tensor | None) -> Layout:
+        """`layout` with what the blocks need to know of texts (pieces 2 r) and images (2 r + 1); of
+        text that goes on, `own` is None.
+        """
+        return layout
+
+
+# What a causal decoder has of its own: BERT's attention with the norm that belongs to it.
+_OF_SELF_ATTENTION = ("attention", "norm1")
+_OF_TEXT = (*_OF_SELF_ATTENTION, "mlp", "norm2")
+_OF_IMAGES = ("cross", "norm_cross")
+
+
+def share_text(fusion: FusionTower, text: TextTower) -> None:
+    """Makes the text tower and `fusion` one network: the same modules, but for cross-attention.
+
+    Source: Li et al. 2022 (BLIP), section 3.1, arXiv:2201.12086; salesforce/BLIP models/med.py.
+    """
+    fusion.norm = text.norm
+    for own, other in zip(fusion.blocks, text.blocks, strict=True):
+        _tie(own, other, _OF_TEXT)
+
+
+def tied_decoder(fusion: FusionTower, config: FusionConfig, image_dim: int) -> FusionTower:
+    """A causal decoder that is `fusion` but for its self-attention; images' keys serve both.
+
+    Source: salesforce/BLIP models/blip_pretrain.py, `tie_encoder_decoder_weights`, which passes
+    over what is under "/attention": the projections and the norm after them.
+    """
+    decoder = FusionTower(replace(config, causal=True), image_dim)
+    decoder.image_kv, decoder.norm = fusion.image_kv, fusion.norm
+    for own, other in zip(decoder.blocks, fusion.blocks, strict=True):
+        _tie(own, other, (*_OF_IMAGES, "mlp", "norm2"))
+    return decoder
+
+
+def _tie(block: Block, other: Block, parts: tuple[str, ...]) -> None:
+    for part in parts:
+        setattr(block, part, getattr(other, part))

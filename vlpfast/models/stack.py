@@ -1,0 +1,115 @@
+"""A stack of blocks: how it is made, ended and initialised."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from vlpfast.layers.block import Block, ResidualNorm
+from vlpfast.layers.moe import MoeBlock
+from vlpfast.models.config import StackConfig
+from vlpfast.ops.seed import fold_seed
+
+# Of the names of parameters, which expert has them.
+_EXPERT = re.compile(r"\.(text|image|joint)(?=\.)")
+
+
+def make_blocks(
+    config: StackConfig, *, cross: bool = False, mlp_between: bool = False
+) -> nn.ModuleList:
+    experts = getattr(config, "moe_experts", 0)
+    routed = {"num_experts": experts, "top_k": config.moe_top_k} if experts else {}
+    return nn.ModuleList(
+        (MoeBlock if experts and number % 2 == 0 else Block)(
+            config.dim,
+            config.heads,
+            mlp_ratio=config.mlp_ratio,
+            norm=config.norm,
+            norm_eps=config.norm_eps,
+            activation=config.activation,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            cross=cross,
+            layer_scale=config.layer_scale,
+            mlp_between=mlp_between,
+            **(routed if number % 2 == 0 else {}),
+        )
+        for number in range(config.depth)
+    )
+
+
+def final_norm(config: StackConfig) -> ResidualNorm | None:
+    if config.norm == "post" or not config.depth:
+        return None
+    return ResidualNorm(config.dim, config.norm_eps, config.dropout)
+
+
+def finish(norm: ResidualNorm | None, branch: Tensor | None, residual: Tensor, seed: int) -> Tensor:
+    return residual if norm is None else norm(branch, residual, fold_seed(seed, -1))[0]
+
+
+@torch.no_grad()
+def init_tower(tower: nn.Module, config: StackConfig) -> None:
+    """Initial weights: pre-norm stacks by width and depth as CLIP, post-norm stacks N(0, 0.02) as
+    BERT.
+
+    Source: Radford et al. 2021, section 2.5 and open_clip transformer.py `init_parameters`; Devlin
+    et al. 2019; for "sub" see `_init_sub_norm`.
+    """
+    post = config.norm == "post"
+    attention_std = 0.02 if post else config.dim**-0.5
+    output_std = 0.02 if post else (2 * max(config.depth, 1) * config.dim) ** -0.5
+    hidden_std = 0.02 if post else (2 * config.dim) ** -0.5
+    for full_name, parameter in tower.named_parameters():
+        name = _EXPERT.sub("", full_name)
+        if name.endswith(("qkv.weight", "q.weight", "kv.weight")):
+            nn.init.normal_(parameter, std=attention_std)
+        elif name.endswith(("out.weight", "fc2.weight")):
+            nn.init.normal_(parameter, std=output_std)
+        elif name.endswith("fc1.weight"):
+            nn.init.normal_(parameter, std=hidden_std)
+        elif name.endswith(("tag.weight", "expert.weight")):
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        elif name.endswith(
+            (
+                "embedding.token",
+                "token_type",
+                "class_token",
+                "mask_token",
+                "modality",
+                ".kind",
+                "probe",
+                "start",
+            )
+        ):
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith(".query"):
+            nn.init.normal_(parameter)
+        elif name.endswith("position"):
+            nn.init.normal_(parameter, std=0.02 if post else 0.01)
+        elif name.endswith("embedding.weight"):
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        elif ".cnn." in name and parameter.dim() == 4:
+            nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+        elif name.endswith(("feature.weight", "box.weight", "cell.weight", "hidden_feature")):
+            nn.init.normal_(parameter, std=0.02 if post else parameter.shape[-1] ** -0.5)
+        elif name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        if config.norm == "sub":
+            _init_sub_norm(name, parameter, config)
+
+
+def _init_sub_norm(name: str, parameter: Tensor, config: StackConfig) -> None:
+    """Xavier's weights, those of values, outputs and MLPs times sqrt(log(2 * depth)).
+
+    Source: Wang et al. 2022 (Magneto), figure 2, arXiv:2210.06423.
+    """
+    gain = math.log(2 * max(config.depth, 1)) ** 0.5
+    if name.endswith(("out.weight", "fc1.weight", "fc2.weight")):
+        nn.init.xavier_normal_(parameter, gain)
+    elif name.endswith("qkv.weight"):
+        # Queries and keys keep dim ** -0.5, which is Xavier's.
+        parameter[2 * config.dim :].mul_(gain)
