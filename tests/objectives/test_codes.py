@@ -253,7 +253,7 @@ def test_guides_that_do_not_fit_say_so():
             MIM,
             "mim needs a code head; preset 'clip' has no code head; presets that have: 'b",
         ),
-        ("beit2", replace(MIM, mvm=1.0), "mvm needs fused image tokens; pre"),
+        ("beit2", replace(MIM, mvm=1.0), "mvm needs image tokens that read the text; pre"),
         ("beit2", VQKD, "vqkd needs a codebook; preset 'beit2' has no codebook; .*'vqkd'"),
         ("beit2", ObjectivesConfig(), "itc needs a joint space; preset 'beit2' has no joint space"),
     ],

@@ -196,10 +196,14 @@ def _check_text(model: ModelConfig) -> None:
 
 def _check_codes(model: ModelConfig) -> None:
     vision = model.vision
-    if (model.hides_patches or model.codebook.size) and vision.front != "patches":
+    if (model.color_head or model.codebook.size) and vision.front != "patches":
         raise ValueError(
-            "codes, color_head and codebook are of patches: vision.front must be 'patches', "
+            "color_head and codebook are of patches: vision.front must be 'patches', "
             f"got {vision.front!r}"
+        )
+    if model.codes and vision.front not in ("patches", "grid"):
+        raise ValueError(
+            f"codes are of patches or cells: vision.front must have them, got {vision.front!r}"
         )
     early = 0 < vision.early_layers < vision.depth
     if vision.head_layers and not (model.codes and early and vision.norm == "pre"):

@@ -125,6 +125,7 @@ class ModelConfig:
             "a matching head": self.fusion.depth > 0 and self.match_head,
             "a text decoder": self.lm_head != "none" or self.shared,
             "fused image tokens": self.joins_tokens,
+            "image tokens that read the text": self.joins_tokens or self.fusion.kind == "co",
             "one stack for both": self.one_stack,
             "a token head": self.mlm_head or self.shared,
             "region heads": self.region_heads,

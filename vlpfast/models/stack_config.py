@@ -103,13 +103,18 @@ class VisionConfig(StackConfig):
         """Tokens that stand before an image's regions."""
         return int(self.front == "regions" and self.region_kind == "vilbert")
 
+    @property
+    def num_first(self) -> int:
+        """Tokens that stand before an image's patches or cells."""
+        return int(self.front == "patches" and self.class_token)
+
     def num_kept(self, num_patches: int) -> int:
         """Of `num_patches`, how many a training step sees."""
         kept = max(1, round(num_patches * (1 - self.patch_dropout)))
         kept = min(kept, self.max_patches or kept)
         if kept == num_patches or self.keep_multiple == 1:
             return kept
-        first, multiple = int(self.front == "patches" and self.class_token), self.keep_multiple
+        first, multiple = self.num_first, self.keep_multiple
         most = first + min(num_patches, self.max_patches or num_patches)
         tokens = max(1, round((kept + first) / multiple)) * multiple
         return min(tokens, most // multiple * multiple or most) - first

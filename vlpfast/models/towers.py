@@ -37,7 +37,10 @@ def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
     if config.front == "regions":
         return REGION_EMBEDDINGS[config.region_kind](config.dim, config.region_dim, config.norm_eps)
     if config.front == "grid":
-        return GridEmbedding(config.dim, config.cnn, patch_size=config.patch_size, **pixels)
+        hideable = model.num_patches if model.hides_patches else 0
+        return GridEmbedding(
+            config.dim, config.cnn, patch_size=config.patch_size, hideable=hideable, **pixels
+        )
     return PatchEmbedding(
         config.dim,
         image_size=model.image_size,

@@ -70,10 +70,10 @@ def _hidden_patches(passes: Passes, rows: Rows | None) -> list[Tensor]:
         tokens = [t[size if plan.clean_image else 0 :] for t in tokens]
         return [passes.model.patches(t).take_along_dim(ids, 1) for t in tokens]
     fused, config = passes.fused.image, passes.model.config
-    length = config.num_patches + config.vision.class_token
+    length = config.num_patches + config.vision.num_first
     starts = torch.arange(size, device=ids.device)[:, None] * length
     first = fused.cu_seqlens[plan.first_sequence(rows, size)]
-    return [fused.values[first + starts + ids[..., 0] + config.vision.class_token]]
+    return [fused.values[first + starts + ids[..., 0] + config.vision.num_first]]
 
 
 def vqkd(passes: Passes) -> Loss:

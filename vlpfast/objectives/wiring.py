@@ -21,7 +21,7 @@ NEEDS = {
     "mtm": ("one stack for both", "a token head"),
     "lm": ("a text decoder",),
     "mim": ("a code head",),
-    "mvm": ("fused image tokens", "a code head"),
+    "mvm": ("image tokens that read the text", "a code head"),
     "mpp": ("a color head",),
     "vqkd": ("a codebook",),
     "classify": ("a joint space", "a learned scale"),

@@ -31,6 +31,7 @@ from vlpfast.recipes import (
     vlmo,
     vqkd,
     vsepp,
+    x_lxmert,
 )
 from vlpfast.train.config import RunConfig
 
@@ -55,6 +56,7 @@ _SYSTEMS = (
     vlmo,
     vqkd,
     vsepp,
+    x_lxmert,
 )
 _RECIPES: dict[str, Callable[[], RunConfig]] = {
     f"{module.__name__.rpartition('.')[2]}_{variant}": recipe

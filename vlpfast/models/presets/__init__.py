@@ -33,6 +33,7 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "vlmo": experts.vlmo,
     "vqkd": codes.vqkd,
     "vse++": dual.vsepp,
+    "x-lxmert": co.x_lxmert,
 }
 SIZES = ("tiny", "small", "base")
 

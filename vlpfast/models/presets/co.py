@@ -11,10 +11,17 @@ from vlpfast.models.presets.sizes import compact
 
 
 def _two_streams(
-    preset: str, size: str, depths: tuple[int, int, int], *, image: dict, fusion: dict
+    preset: str,
+    size: str,
+    depths: tuple[int, int, int],
+    *,
+    image: dict,
+    fusion: dict,
+    image_size: int = 224,
+    **model,
 ) -> ModelConfig:
     """Text and fusion as BERT; `image` is what differs of the image stream. `depths` are those of
-    vision, text and fusion.
+    vision, text and fusion; `image_size` is base's.
     """
     base = size == "base"
     shape = {"dim": 768, "heads": 12} if base else compact(size)[0]
@@ -25,7 +32,7 @@ def _two_streams(
     return ModelConfig(
         preset,
         size,
-        image_size=224 if base else compact(size)[1],
+        image_size=image_size if base else compact(size)[1],
         embed_dim=0,
         vision=VisionConfig(
             **shape | {"depth": vision, "front": "regions"} | norm | dropout | regions | image
@@ -40,7 +47,7 @@ def _two_streams(
         ),
         fusion=FusionConfig(**shape | {"depth": co, "kind": "co"} | norm | dropout | fusion),
         mlm_head=True,
-        region_heads=True,
+        **{"region_heads": True} | model,
     )
 
 
@@ -80,4 +87,29 @@ def lxmert(size: str) -> ModelConfig:
         (co, text, co),
         image={"region_kind": "lxmert"},
         fusion={"tied": True, "pooler": True},
+    )
+
+
+def x_lxmert(size: str) -> ModelConfig:
+    """X-LXMERT: LXMERT on the 8 x 8 cells of a CNN's grid, some of which are hidden and told by
+    their codes; without answers.
+
+    Deviations: the CNN is trained along, from pixels in which hidden cells are blank; a cell's
+    place is a learned vector, not a box; codes are a guide's (`objectives.guide`), not 10,000
+    k-means centres of a detector's features, and their head is one linear map.
+
+    Source: Cho et al. 2020, arXiv:2009.11278, section 4.
+    """
+    base = size == "base"
+    _, text, co = (5, 9, 5) if base else compact(size)[3]
+    cells = compact(size)[2] if not base else 32
+    return _two_streams(
+        "x-lxmert",
+        size,
+        (co, text, co),
+        image={"front": "grid", "cnn": "resnet50" if base else "small", "patch_size": cells},
+        fusion={"tied": True, "pooler": True},
+        image_size=256,
+        region_heads=False,
+        codes=10_000 if base else 256,
     )

@@ -1,0 +1,61 @@
+"""X-LXMERT: words and the cells of a grid in two streams; matching, masked words and hidden cells'
+codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from vlpfast.objectives.config import ObjectivesConfig
+from vlpfast.recipes import clip, lxmert
+from vlpfast.train.config import RunConfig
+
+OBJECTIVES = ObjectivesConfig(
+    itc=0.0, itm=1.0, mlm=1.0, mvm=1.0, itm_negatives="random", mim_probability=0.5
+)
+
+
+def compact(size: str) -> RunConfig:
+    """`tiny` or `small`: set `objectives.guide` to a tokenizer's run (`vqkd_tiny`, ...) of as many
+    patches.
+    """
+    config = lxmert.compact(size, preset="x-lxmert", objectives=OBJECTIVES)
+    return replace(config, name=f"x_lxmert_{size}", data=replace(config.data, regions=""))
+
+
+def scenes(*, steps: int = 400) -> RunConfig:
+    """`tiny`, 128 wide, on the embedded data, with the codes of a run of `vqkd_scenes`."""
+    config = lxmert.scenes(preset="x-lxmert", objectives=OBJECTIVES, steps=steps)
+    return replace(
+        config,
+        name="x_lxmert_scenes",
+        data=clip.SCENES_DATA,
+        train=replace(config.train, batch_size=32),
+    )
+
+
+def base() -> RunConfig:
+    """LXMERT's pre-training with hidden cells in the place of regions.
+
+    Deviations: half of the cells are hidden, where the published share is drawn anew for each
+    image; words, cells and matching are trained in every step, in rows of their own.
+
+    Source: Cho et al. 2020, arXiv:2009.11278, section 4.3; for the rest see `lxmert.base`.
+    """
+    config = lxmert.base()
+    return replace(
+        config,
+        name="x_lxmert_base",
+        model=lxmert.preset_config("x-lxmert", "base"),
+        objectives=OBJECTIVES,
+        data=replace(config.data, regions=""),
+    )
+
+
+RECIPES = {
+    "tiny": partial(compact, "tiny"),
+    "small": partial(compact, "small"),
+    "base": base,
+    "scenes": scenes,
+}
