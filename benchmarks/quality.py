@@ -1,7 +1,7 @@
 """Rows of what trained runs reach, from the evaluations in their run folders.
 
 Appends rows:    python -m benchmarks.quality RUN [RUN ...] [--machine NAME]
-Makes tables:    python -m benchmarks.quality --readme README.md
+Makes tables:    python -m benchmarks.quality --readme README.md --presets docs/presets.md
 """
 
 from __future__ import annotations
@@ -26,7 +26,19 @@ _HEADLINE = {
     "retrieval": ("txt_r1", "txt_r10", "img_r1", "img_r10"),
     "mlm": ("mlm_accuracy", "shuffled_mlm_accuracy"),
     "swap": ("swap_accuracy", "itm_swap_accuracy"),
+    "caption": (
+        "next_token_accuracy",
+        "shuffled_next_token_accuracy",
+        "exact_match",
+        "shuffled_exact_match",
+    ),
+    "vqa": ("vqa_accuracy", "shuffled_vqa_accuracy"),
+    "classify": ("accuracy",),
+    "mim": ("mim_accuracy", "class_head_mim_accuracy", "shuffled_mim_accuracy"),
+    "linear": ("linear_auc", "random_linear_auc"),
 }
+# The systems whose runs stand in README.md; those of the others stand in docs/presets.md.
+_MAIN = ("albef", "clip")
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,11 @@ def rows_of(run: Path, machine_name: str | None = None) -> list[QualityRow]:
     return list(found.values())
 
 
+def is_main(row: QualityRow) -> bool:
+    """Whether a row is of one of the systems that stand in README.md."""
+    return row.preset.split()[0] in _MAIN
+
+
 def tables(rows: Iterable[QualityRow]) -> str:
     """One markdown table a task: the newest rows of each run and data set."""
     newest: dict[tuple, dict[str, QualityRow]] = {}
@@ -165,18 +182,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--machine", help="name of this machine in the rows")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite from {BEGIN} on")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help=f"rewrite {', '.join(_MAIN)} from {BEGIN} on"
+    )
+    parser.add_argument("--presets", type=Path, metavar="FILE", help="rewrite the other systems")
     options = parser.parse_args(arguments)
     for run in options.runs:
         rows = rows_of(run, options.machine)
         path = options.results / rows[0].machine / FILE
         append(path, rows)
         print(f"{len(rows)} rows of {run.name} -> {path}")
-    if options.readme is not None:
-        paths = sorted(options.results.glob(f"*/{FILE}"))
-        rows = [row for path in paths for row in load(path, QualityRow)]
-        text = rewrite(options.readme.read_text(), tables(rows), BEGIN, END)
-        options.readme.write_text(text)
+    paths = sorted(options.results.glob(f"*/{FILE}"))
+    every = [row for path in paths for row in load(path, QualityRow)]
+    for file, main_systems in ((options.readme, True), (options.presets, False)):
+        if file is not None:
+            shown = tables(row for row in every if is_main(row) == main_systems)
+            file.write_text(rewrite(file.read_text(), shown, BEGIN, END))
     return 0
 
 

@@ -75,6 +75,18 @@ def test_readme_table_is_made_from_the_rows(run, tmp_path):
     assert text.endswith("after\n")
 
 
+def test_other_systems_stand_elsewhere(run, tmp_path):
+    config = run / "config.json"
+    config.write_text(config.read_text().replace("clip", "vilt"))
+    files = {name: tmp_path / name for name in ("README.md", "presets.md")}
+    for file in files.values():
+        file.write_text(f"{BEGIN}\n{END}\n")
+    places = ["--readme", str(files["README.md"]), "--presets", str(files["presets.md"])]
+    main([str(run), "--machine", "box", "--results", str(tmp_path / "results"), *places])
+    assert "| small | vilt tiny |" in files["presets.md"].read_text()
+    assert "| small |" not in files["README.md"].read_text()
+
+
 def test_a_run_without_evaluations_says_how_to_make_one(run):
     for path in (run / "eval").glob("*.json"):
         path.unlink()

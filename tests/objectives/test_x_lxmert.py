@@ -97,7 +97,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_what_does_not_fit_says_so():
-    with pytest.raises(ValueError, match="codes are of patches or cells: .* got 'regions'"):
+    with pytest.raises(ValueError, match=r"codes are of patches or cells: .* got 'regions'"):
         preset_config("lxmert", "tiny", codes=9)
-    with pytest.raises(ValueError, match="preset 'lxmert' has no code head; .*'x-lxmert'"):
+    with pytest.raises(ValueError, match=r"preset 'lxmert' has no code head; .*'x-lxmert'"):
         PretrainStep(VLPModel(preset_config("lxmert", "tiny")), ObjectivesConfig(itc=0.0, mvm=1.0))
