@@ -76,7 +76,7 @@ def vilbert(size: str) -> ModelConfig:
 def lxmert(size: str) -> ModelConfig:
     """LXMERT; base is 9 layers of text, 5 of regions and 5 of both, whose co-attention shares its
     weights: 207.94 M parameters without heads. Its heads for attributes (0.31 M) and answers
-    (15.78 M) are not here: nothing in a batch has their labels.
+    (15.79 M) are not here: nothing in a batch has their labels.
 
     Source: Tan & Bansal 2019, arXiv:1908.07490; airsplay/lxmert src/lxrt/modeling.py.
     """
