@@ -54,5 +54,7 @@ def _process(
     )
     try:
         torch.save(getattr(module, name)(rank, *args), _result(folder, rank))
+        # A process that leaves at once would close connections that others are still making.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
