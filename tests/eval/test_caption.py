@@ -74,6 +74,27 @@ def test_a_writer_that_sees_is_right_only_about_the_true_image():
     assert result.counts["num_samples"] == 5
 
 
+class Asked(Writer):
+    """Writes where each row's prompt is the one it knows, else nothing."""
+
+    PROMPT = TOKENIZER.encode(["a red"], 32)[0]
+
+    def generate(self, images, *, prompt, **options) -> Generated:
+        assert prompt.values.tolist() == self.PROMPT * len(images)
+        return super().generate(images, **options)
+
+    def decode(self, text, keys, kv_index, *, prompt):
+        assert prompt.values.tolist() == self.PROMPT * len(text)
+        return super().decode(text, keys, kv_index)
+
+
+def test_a_writer_that_is_asked_gets_the_prompt_in_every_row():
+    captions = lambda sample: [CAPTIONS[sample]]
+    options = {"max_tokens": 32, "prompt": "a red"}
+    result = caption_probe(Asked(), [make_batch()], captions, TOKENIZER, **options)
+    assert result.metrics == probe(Writer()).metrics
+
+
 def test_a_blind_writer_scores_alike_with_both():
     metrics = probe(Writer(blind=True)).metrics
     assert metrics["exact_match"] == metrics["shuffled_exact_match"] == 40

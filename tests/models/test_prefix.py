@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from vlpfast.layers.keys import KeyCache
 from vlpfast.models import VLPModel, preset_config
 from vlpfast.models.config import FusionConfig, TextConfig, VisionConfig
+from vlpfast.models.generate import SearchOptions, generate
 from vlpfast.ragged import Ragged
 
 
@@ -124,6 +125,30 @@ def test_cached_states_are_those_of_the_whole(kind, prompted):
         states = ours.decode(step, keys, ROWS, prompt=prompt, cache=cache)
         cache.advance(1)
         torch.testing.assert_close(states.values, whole[:, place], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("beams", [1, 2])
+@torch.no_grad()
+def test_what_is_written_after_a_prompt_is_kept_or_computed_anew(kind, beams):
+    ours, pixels = model(kind), images()
+    options = {"start_id": 1, "end_id": 2, "max_tokens": 6, "min_tokens": 6, "num_beams": beams}
+    keys, own = image_keys(ours, pixels), torch.arange(2)
+    search = SearchOptions(**options)
+    for prompt in ([[1, 5, 2], [1, 7, 2]], [[1, 9, 2], [1, 5, 2]]):
+        prompt = Ragged.from_lists(prompt)
+        kept = generate(ours, keys, 2, search, prompt)
+        anew = generate(ours, keys, 2, replace(search, cached=False), prompt)
+        assert kept.text.values.tolist() == anew.text.values.tolist()
+        torch.testing.assert_close(kept.scores, anew.scores)
+    assert kept.text.max_len == 6
+    # The score is that of the words after the prompt, by `decode` of the whole.
+    states = ours.decode(kept.text, keys, own, prompt=prompt)
+    log_p = ours.next_token_logits(states.values).log_softmax(-1).view(2, 6, -1)
+    log_p[:, :4, 2] = -torch.inf
+    ids = kept.text.values.view(2, 6)
+    said = log_p[:, :-1].gather(2, ids[:, 1:, None]).sum((1, 2)) / 5
+    torch.testing.assert_close(kept.scores, said)
 
 
 def test_the_loss_reaches_the_image_and_every_parameter():

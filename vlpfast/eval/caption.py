@@ -27,6 +27,7 @@ def caption_probe(
     *,
     max_tokens: int,
     num_beams: int = 1,
+    prompt: str = "",
     seed: int = 0,
 ) -> EvalResult:
     """Exact match of written captions, and accuracy at each next token of the true ones.
@@ -44,6 +45,7 @@ def caption_probe(
         tokenizer: of the captions.
         max_tokens: longest text that is written, start and end token included.
         num_beams: of the search; 1 is greedy.
+        prompt: what asks for a caption, of a model that is asked; empty: nothing does.
         seed: of the choice of the other image.
     """
     if "a text decoder" not in model.config.parts:
@@ -52,6 +54,7 @@ def caption_probe(
     common, seen = Counter(), torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     num_samples = 0
     spell = lambda ids: tokenizer.decode(ids)
+    asked = tokenizer.encode([prompt], max_tokens) if prompt else []
     for batch in batches:
         partner, differs = derange(batch.image_ids, seed=seed)
         kept = differs.nonzero()[:, 0]
@@ -60,6 +63,8 @@ def caption_probe(
         encoded = [tokenizer.encode(captions(i), max_tokens) for i in batch.sample_ids.tolist()]
         truths = [{spell(text) for text in encoded[row]} for row in kept.tolist()]
         common.update(text for true in truths for text in true)
+        if asked:
+            batch = replace(batch, prompt=Ragged.from_lists(asked * len(batch)))
         written = _write(model, batch, tokenizer, max_tokens, num_beams)
         for case, rows in enumerate((kept, partner[kept])):
             texts = [spell(written[row]) for row in rows.tolist()]
@@ -103,6 +108,7 @@ def _write(
         max_tokens=max_tokens,
         num_beams=num_beams,
         banned=tuple(i for i in tokenizer.special_ids if i != tokenizer.end_id),
+        **_prompted(model, batch),
     )
     ids, ends = out.text.values.tolist(), out.text.cu_seqlens.tolist()
     return [ids[a:b] for a, b in pairwise(ends)]
@@ -123,6 +129,11 @@ def _next_tokens(
     target = text.values[places + 1]
     hits = []
     for kv_index in (torch.arange(len(batch)), partner):
-        states = model.decode(text, keys, kv_index.to(device)).values[places]
+        states = model.decode(text, keys, kv_index.to(device), **_prompted(model, batch))
+        states = states.values[places]
         hits.append((model.next_token_logits(states).argmax(-1) == target).sum().cpu())
     return torch.stack(hits), target.cpu()
+
+
+def _prompted(model: nn.Module, batch: Batch) -> dict[str, Ragged]:
+    return {} if batch.prompt is None else {"prompt": batch.prompt.to(model.device)}

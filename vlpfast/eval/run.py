@@ -21,6 +21,7 @@ from vlpfast.data.classes import open_classes
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, open_index
+from vlpfast.data.prompts import TASKS as PROMPTS
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.eval.align import align_probe
 from vlpfast.eval.caption import caption_probe
@@ -321,13 +322,14 @@ class _Evaluation:
             self.tokenizer,
             max_tokens=min(self.data.max_tokens, self.model.config.text.context_length),
             num_beams=options.num_beams,
+            prompt=PROMPTS["caption"][1] if self.data.tasks else "",
             seed=options.seed,
         )
         return replace(result, info=result.info | options.protocol)
 
     def vqa(self) -> EvalResult:
         config = self.model.config
-        if config.fusion.kind != "prefix":
+        if not config.takes_prompts:
             raise ValueError(
                 "vqa needs a model that writes after a prompt, as 'metalm'; preset "
                 f"{config.preset!r} does not"

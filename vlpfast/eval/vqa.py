@@ -28,15 +28,19 @@ def answers(
 
     Args:
         model: in eval mode, one that takes prompts.
-        keys: `VLPModel.image_keys`.
+        keys: `VLPModel.image_keys`; what an encoder makes of them and the prompts is made once.
         kv_index (R,): int64, the image of each prompt.
         prompt: packed token ids of R prompts.
         tokenizer: of prompts and answers.
     """
     start = kv_index.new_full((len(prompt), 1), tokenizer.start_id)
+    asked = {"prompt": prompt}
+    if model.config.fusion.kind == "seq2seq":
+        keys, asked = model.read(keys, kv_index, prompt), {}
+        kv_index = torch.arange(len(prompt), device=kv_index.device)
     text, ended = Ragged.from_dense(start), torch.zeros_like(kv_index, dtype=torch.bool)
     for _ in range(MAX_ANSWER):
-        states = model.decode(text, keys, kv_index, prompt=prompt)
+        states = model.decode(text, keys, kv_index, **asked)
         token = model.next_token_logits(states.values[states.last()]).argmax(-1)
         token = torch.where(ended, tokenizer.end_id, token)
         text, ended = text.append(token), ended | (token == tokenizer.end_id)

@@ -45,12 +45,14 @@ class Layout:
 
 class CrossKeys(NamedTuple):
     """Keys and values of one layer, (B, N, H, E) each, and for every query sequence the row it
-    reads.
+    reads; or packed, (T, H, E), with their offsets and the bound of their lengths.
     """
 
     k: Tensor
     v: Tensor
     kv_index: Tensor
+    cu_k: Tensor | None = None
+    max_k: int | None = None
 
 
 class ResidualNorm(nn.Module):
@@ -161,6 +163,8 @@ class CrossAttention(nn.Module):
             keys.v,
             cu_q=layout.cu_seqlens,
             max_q=layout.max_len,
+            cu_k=keys.cu_k,
+            max_k=keys.max_k,
             kv_index=keys.kv_index,
             dropout_p=self.dropout if self.training else 0.0,
             seed=seed,

@@ -32,11 +32,11 @@ def check_model(model: ModelConfig) -> None:
             f"got {model.vision.dim}"
         )
     _check_co(model)
-    if model.fusion.kind == "prefix":
+    if model.fusion.kind in ("prefix", "seq2seq"):
         if not model.fusion.causal or model.text.depth:
             raise ValueError(
-                "fusion.kind 'prefix' is the decoder: fusion.causal must be True, text.depth "
-                f"must be 0, got {model.fusion.causal} and {model.text.depth}"
+                f"fusion.kind {model.fusion.kind!r} is the decoder: fusion.causal must be True, "
+                f"text.depth must be 0, got {model.fusion.causal} and {model.text.depth}"
             )
     elif model.fusion.causal and (model.fusion.kind != "cross" or not model.text.causal):
         raise ValueError(

@@ -124,6 +124,7 @@ class ModelConfig:
             "a fusion tower": self.fusion.depth > 0 and not self.fusion.causal,
             "a matching head": self.fusion.depth > 0 and self.match_head,
             "a text decoder": self.lm_head != "none" or self.shared,
+            "a prompt encoder": self.fusion.kind == "seq2seq",
             "fused image tokens": self.joins_tokens,
             "image tokens that read the text": self.joins_tokens or self.fusion.kind == "co",
             "one stack for both": self.one_stack,
@@ -142,6 +143,11 @@ class ModelConfig:
     def joins_tokens(self) -> bool:
         """Whether fusion has text and image tokens in one sequence."""
         return self.fusion.depth > 0 and self.fusion.kind in ("concat", "shared")
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the model writes what answers a prompt."""
+        return self.fusion.depth > 0 and self.fusion.kind in ("prefix", "seq2seq")
 
     @property
     def one_stack(self) -> bool:

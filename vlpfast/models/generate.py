@@ -68,7 +68,13 @@ class SearchOptions:
 
 
 @torch.no_grad()
-def generate(model: nn.Module, keys: object, num_images: int, options: SearchOptions) -> Generated:
+def generate(
+    model: nn.Module,
+    keys: object,
+    num_images: int,
+    options: SearchOptions,
+    prompt: Ragged | None = None,
+) -> Generated:
     """One text for each image.
 
     Args:
@@ -76,33 +82,47 @@ def generate(model: nn.Module, keys: object, num_images: int, options: SearchOpt
         keys: `model.image_keys` of the images.
         num_images: B.
         options: of the search.
+        prompt: packed token ids of B prompts, as `VLPModel.decode` takes them.
 
     Source: beam search as Wu et al. 2016, section 7, arXiv:1609.08144, with the score of
         transformers' `length_penalty`; a search ends where no live beam can pass the ended ones.
     """
     search = _greedy if options.num_beams == 1 else _beams
-    return search(_Writer(model, keys, num_images, options), options)
+    return search(_Writer(model, keys, num_images, options, prompt), options)
 
 
 class _Writer:
     """log p of the next token of B * K texts; text b * K + k reads image b."""
 
-    def __init__(self, model: nn.Module, keys: object, size: int, options: SearchOptions) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        keys: object,
+        size: int,
+        options: SearchOptions,
+        prompt: Ragged | None,
+    ) -> None:
         self.model, self.keys, self.options, self.size = model, keys, options, size
         rows, device = size * options.num_beams, model.device
         self.kv_index = torch.arange(size, device=device).repeat_interleave(options.num_beams)
-        self.cache = KeyCache(rows, options.max_tokens) if options.cached else None
+        self.prompted = {} if prompt is None else {"prompt": prompt.select(self.kv_index)}
+        self.cache, self.written = None, 0
+        if options.cached:
+            self.cache = KeyCache(rows, options.max_tokens)
         self.banned = torch.tensor(options.banned, dtype=torch.int64, device=device)
         self.start = torch.full((rows, options.max_tokens), options.end_id, device=device)
         self.start[:, 0] = options.start_id
 
     def log_p(self, tokens: Tensor) -> Tensor:
         """(R, V) from the texts so far (R, n); with a cache all but the last token are in it."""
-        fresh = tokens if self.cache is None else tokens[:, self.cache.length :]
+        fresh = tokens[:, self.written :]
         text = Ragged.from_dense(fresh)
-        states = self.model.decode(text, self.keys, self.kv_index, cache=self.cache)
+        states = self.model.decode(
+            text, self.keys, self.kv_index, cache=self.cache, **self.prompted
+        )
         if self.cache is not None:
             self.cache.advance(fresh.shape[1])
+            self.written = tokens.shape[1]
         log_p = self.model.next_token_logits(states.values[text.last()]).log_softmax(-1)
         log_p = log_p.index_fill(1, self.banned, -torch.inf)
         if tokens.shape[1] + 1 < self.options.min_tokens:

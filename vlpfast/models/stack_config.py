@@ -168,8 +168,10 @@ class FusionConfig(StackConfig):
             that read each other: the stack's shape is the text stream's, the image stream has that
             of the vision stack, whose width and heads co-attention has too; "shared", "concat" that
             encodes images alone and texts alone too, into the joint space, and the words that are
-            predicted (Uni-Perceiver); or "prefix", a causal decoder of text after the image tower's
-            tokens, which a linear connector brings into its sequence (MetaLM).
+            predicted (Uni-Perceiver); "prefix", a causal decoder of text after the image tower's
+            tokens, which a linear connector brings into its sequence (MetaLM); or "seq2seq",
+            `depth` blocks that encode a prompt with those tokens, and as many of a causal decoder
+            that reads them by cross-attention (PaLI).
         tied: of "co", both directions of co-attention share their weights (LXMERT).
         co_mlp: of "co", each stream has an MLP between co-attention and its own block (ViLBERT).
         pair_pooler: the matching head reads relu(linear(first text token)) times relu(linear(first
@@ -185,7 +187,7 @@ class FusionConfig(StackConfig):
             patches of images, and order "image": a token's place is then its place in the sequence.
         key_bias: whether the projection of keys has a bias, which no softmax sees.
         causal: each text token sees itself and earlier ones only, and the image: fusion then
-            decodes and has no matching head ("cross", CoCa; "prefix" must be).
+            decodes and has no matching head ("cross", CoCa; "prefix" and "seq2seq" must be).
         shares_text: the blocks are the text tower's own with cross-attention added, and read
             embedded tokens from a task token on (BLIP).
         key_norm: a LayerNorm for each layer before images' keys and values (open_clip's CoCa).
@@ -194,7 +196,7 @@ class FusionConfig(StackConfig):
             which a kind of tokens is given `moe_top_k` by its attributes; 0: none. "shared" only.
     """
 
-    kind: Literal["cross", "concat", "co", "shared", "prefix"] = "cross"
+    kind: Literal["cross", "concat", "co", "shared", "prefix", "seq2seq"] = "cross"
     modality_types: bool = False
     pooler: bool = False
     experts: Literal["shared", "mome", "multiway"] = "shared"

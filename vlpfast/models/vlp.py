@@ -21,6 +21,7 @@ from vlpfast.models.heads import Heads, unit
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
 from vlpfast.models.prefix import PrefixTower, decode_in_sequence
 from vlpfast.models.presets import missing, preset_config
+from vlpfast.models.seq2seq import Seq2SeqTower, SourceKeys, decode_after_source, read_source
 from vlpfast.models.shared import Kind, SharedTower
 from vlpfast.models.stack import init_tower
 from vlpfast.models.towers import TextTower, VisionTower
@@ -224,7 +225,7 @@ class VLPModel(Heads):
     def decode(
         self,
         text: Ragged,
-        keys: ImageKeys,
+        keys: ImageKeys | Ragged | SourceKeys,
         kv_index: Tensor,
         *,
         prompt: Ragged | None = None,
@@ -237,10 +238,10 @@ class VLPModel(Heads):
 
         Args:
             text: packed token ids of R texts, or with a `cache` what follows the tokens in it.
-            keys: `image_keys` of the images.
-            kv_index (R,): int64, the image each text reads.
+            keys: `image_keys` of the images, or what `read` makes of them.
+            kv_index (R,): int64, the image each text reads, or the source.
             prompt: packed token ids of R texts that come before; all that follow see them whole,
-                and they see themselves both ways (MetaLM; not where fusion is "cross").
+                and they see themselves both ways (MetaLM, PaLI; not where fusion is "cross").
             tokens: `encode_text(text).tokens` where it has run already and is what the decoder
                 reads (CoCa).
             cache: keys of the tokens so far, of R texts; the caller advances it.
@@ -248,6 +249,10 @@ class VLPModel(Heads):
         """
         if "a text decoder" not in self.config.parts:
             raise ValueError(missing(self.config.preset, "a text decoder"))
+        if self.config.fusion.kind == "seq2seq":
+            return decode_after_source(
+                self.text, self.fusion, text, keys, kv_index, prompt, tokens, cache, seed
+            )
         if self.config.fusion.kind != "cross":
             return decode_in_sequence(
                 self.text, self.fusion, text, keys, kv_index, prompt, tokens, cache, seed
@@ -264,11 +269,29 @@ class VLPModel(Heads):
             tokens = self.encode_text(text, seed=seed).tokens
         return self.fusion(tokens, keys, kv_index, seed, cache).text
 
+    def read(
+        self, keys: Ragged, kv_index: Tensor, prompt: Ragged | None, *, seed: int = 0
+    ) -> SourceKeys:
+        """Encodes image `kv_index[r]` of `image_keys` with prompt r (packed ids; None: alone), once
+        for any number of texts: what `decode` reads as its `keys` (PaLI).
+        """
+        encodes = self.config.fusion.kind == "seq2seq"
+        self._need(self.fusion if encodes else None, "a prompt encoder")
+        return read_source(self.text, self.fusion, keys, kv_index, prompt, seed)
+
     def generate(
-        self, images: Tensor | Regions, *, start_id: int, end_id: int, max_tokens: int, **options
+        self,
+        images: Tensor | Regions,
+        *,
+        start_id: int,
+        end_id: int,
+        max_tokens: int,
+        prompt: Ragged | None = None,
+        **options,
     ) -> Generated:
         """A text about each of the images, without a gradient; arguments as
-        `generate.SearchOptions`. The model should be in eval mode.
+        `generate.SearchOptions`, and `prompt`, packed ids of what each image is asked, where the
+        model takes prompts. The model should be in eval mode.
 
         Example: `model.generate(images, start_id=1, end_id=2, max_tokens=32, num_beams=3).text`.
         """
@@ -282,7 +305,10 @@ class VLPModel(Heads):
             )
         with torch.no_grad():
             keys = self.image_keys(self.encode_image(images).tokens)
-            return generate(self, keys, len(images), search)
+            if self.config.fusion.kind == "seq2seq":
+                own = torch.arange(len(images), device=self.device)
+                keys, prompt = self.read(keys, own, prompt), None
+            return generate(self, keys, len(images), search, prompt)
 
     def encode_words(self) -> Tensor:
         """Features (V, E) of the vocabulary's words, each a text of its own (Uni-Perceiver)."""
@@ -316,6 +342,8 @@ def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | CoTower | N
         return ExpertTower(config, model)
     if config.kind == "co":
         return CoTower(config, model.vision)
+    if config.kind == "seq2seq":
+        return Seq2SeqTower(config, model.vision.dim)
     if config.kind == "prefix":
         return PrefixTower(config, model.vision.dim)
     return ConcatTower(config) if config.kind == "concat" else FusionTower(config, model.vision.dim)

@@ -162,7 +162,8 @@ def fit_parts(config: RunConfig, tokenizer: Tokenizer, guide: Guide | None = Non
             f"data.max_tokens must be <= model.text.context_length {text.context_length}, "
             f"got {config.data.max_tokens}"
         )
-    if config.data.tasks and 2 * config.data.max_tokens > text.context_length:
+    together = config.model.fusion.kind != "seq2seq"
+    if config.data.tasks and together and 2 * config.data.max_tokens > text.context_length:
         raise ValueError(
             "data.max_tokens is of prompt and text each, which share model.text.context_length "
             f"{text.context_length}: with data.tasks it must be at most half, "

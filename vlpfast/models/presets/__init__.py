@@ -10,7 +10,17 @@ from dataclasses import fields, replace
 
 from vlpfast.config import close_match
 from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets import caption, co, codes, concat, cross, dual, experts, generalist
+from vlpfast.models.presets import (
+    caption,
+    co,
+    codes,
+    concat,
+    cross,
+    dual,
+    experts,
+    generalist,
+    seq2seq,
+)
 
 _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "albef": cross.albef,
@@ -23,6 +33,7 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "flip": dual.flip,
     "lxmert": co.lxmert,
     "metalm": generalist.metalm,
+    "pali": seq2seq.pali,
     "pixel-bert": concat.pixel_bert,
     "siglip": dual.siglip,
     "uni-perceiver": generalist.uni_perceiver,
