@@ -13,6 +13,7 @@ from vlpfast.data.loader import make_loader, make_tokenizer
 from vlpfast.data.prompts import examples, iter_texts
 from vlpfast.data.scenes import blind_answer_accuracy, write_shards
 from vlpfast.eval import vqa
+from vlpfast.models import create_model
 from vlpfast.ragged import Ragged
 
 
@@ -129,3 +130,24 @@ def test_shares_by_hand(scenes, monkeypatch):
     assert result.counts == {"num_samples": 16, "num_questions": len(asked)}
     expected = 100 * blind_answer_accuracy(asked)["all"]
     assert result.chance["vqa_accuracy"] == pytest.approx(expected)
+
+
+@torch.no_grad()
+def test_answers_of_an_encoder_and_decoder_encode_each_question_once():
+    torch.manual_seed(0)
+    model = create_model("pali", "tiny", vocab_size=20, image_size=16).eval()
+    nn.init.normal_(model.lm_head.weight)
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    shown = torch.tensor([1, 0, 1])
+    prompt = Ragged.from_lists([[1, 5, 6, 2], [1, 7, 2], [1, 2]])
+    tokenizer = SimpleNamespace(start_id=1, end_id=2, decode=list)
+    keys, calls = model.image_keys(model.encode_image(images).tokens), []
+    model.fusion.encoder.register_forward_hook(lambda *_: calls.append(1))
+    said = vqa.answers(model, keys, shown, prompt, tokenizer)
+    assert calls == [1]
+    options = {"start_id": 1, "end_id": 2, "max_tokens": vqa.MAX_ANSWER + 1}
+    written = model.generate(images[shown], prompt=prompt, **options).text
+    for row, ids in enumerate(said):
+        expected = written.select(torch.tensor([row])).values[1:].tolist()
+        assert ids == [i for i in expected if i != 2]
+    assert len({tuple(ids) for ids in said}) == 3

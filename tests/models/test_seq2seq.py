@@ -178,6 +178,24 @@ def test_the_loss_reaches_every_parameter():
     assert idle == []
 
 
+@pytest.mark.slow
+def test_compiles_whole_with_as_many_sources_as_the_prompts_make():
+    """How many tokens the sources have is known to the device alone."""
+    ours, pixels = model().train(), images()
+
+    def states(prompts: Ragged, texts: Ragged) -> torch.Tensor:
+        return ours.decode(texts, image_keys(ours, pixels), ROWS, prompt=prompts).values
+
+    outs, grads = [], []
+    for run in (states, torch.compile(states, fullgraph=True, backend="aot_eager")):
+        ours.zero_grad()
+        outs.append(run(PROMPTS, TEXTS))
+        outs[-1].square().mean().backward()
+        grads.append([p.grad for p in ours.fusion.parameters()])
+    for one, two in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_base_has_the_weights_of_mt5_base():
     with torch.device("meta"):
         base = VLPModel(preset_config("pali", "base"))

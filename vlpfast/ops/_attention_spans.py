@@ -78,8 +78,8 @@ def _alive(tensors: tuple[Tensor | None, ...], refs: list, versions: list) -> bo
 def _make(q, k, cu_q, q_lens, cu_k, k_lens, kv_index, *, plan: bool) -> Spans:
     q_spans = _side(q, cu_q, q_lens)
     # One tensor for both tells a kernel that they are the same; a compiled graph has no aliases.
-    same = q.shape[:-2] == k.shape[:-2] and cu_k is cu_q and k_lens is q_lens
-    same = same and not torch.compiler.is_compiling()
+    same = not torch.compiler.is_compiling() and cu_k is cu_q and k_lens is q_lens
+    same = same and q.shape[:-2] == k.shape[:-2]
     k_spans = q_spans if same else _side(k, cu_k, k_lens)
     index = None if kv_index is None else kv_index.to(torch.int64)
     made = None
