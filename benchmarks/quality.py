@@ -34,6 +34,7 @@ _HEADLINE = {
     ),
     "vqa": ("vqa_accuracy", "shuffled_vqa_accuracy"),
     "classify": ("accuracy",),
+    "codes": ("codebook_use", "codebook_perplexity"),
     "mim": ("mim_accuracy", "class_head_mim_accuracy", "shuffled_mim_accuracy"),
     "linear": ("linear_auc", "random_linear_auc"),
 }
