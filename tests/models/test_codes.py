@@ -201,7 +201,8 @@ def test_errors_name_what_is_missing():
         ("beit2", {"early_layers": 4}, r"early_layers between 0 and vision\.depth 4, got .* 4"),
         ("beit2", {"norm": "post"}, r"vision\.norm 'pre'"),
         ("beit2", {"embed_dim": 8}, r"text\.kind 'none' is a model of images alone"),
-        ("pixel-bert", {"codes": 8}, r"vision\.front must be 'patches', got 'grid'"),
+        ("pixel-bert", {"color_head": True}, r"vision\.front must be 'patches', got 'grid'"),
+        ("uniter", {"codes": 8}, r"vision\.front must have them, got 'regions'"),
     ],
     ids=str,
 )
