@@ -262,8 +262,10 @@ def test_compiles_as_one_graph():
     [
         ("vilt", {"moe_experts": 8}, "fusion.kind must be 'shared', got 'concat'"),
         ("vilt", {"kind": "shared"}, "joint space whose words are encoded"),
+        ("uni-perceiver-moe", {"layer_scale": 0.1}, r"layer_scale must be 0 .* got 0\.1 and 'pre'"),
+        ("uni-perceiver-moe", {"norm": "sub"}, r"norm 'pre' or 'post', got 0\.0 and 'sub'"),
     ],
-    ids=["experts", "shared"],
+    ids=["experts", "shared", "scaled", "sub"],
 )
 def test_wirings_that_do_not_fit_say_so(preset, change, message):
     config = preset_config(preset)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vlpfast.data.scenes import write_shards
 from vlpfast.ops.reference.counter import draw, stream, uniform
 from vlpfast.train.config import OptimConfig, TrainConfig
 from vlpfast.train.distributed import World
@@ -144,3 +145,11 @@ def tiny(tmp_path: Path) -> Tiny:
 @pytest.fixture
 def make_step() -> Callable[..., TinyStep]:
     return TinyStep
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """A shard of 24 generated scenes."""
+    folder = tmp_path_factory.mktemp("scenes") / "val"
+    write_shards(folder, num_samples=24, split="val", progress=False)
+    return folder

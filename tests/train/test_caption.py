@@ -1,14 +1,12 @@
 """Recipes of writing systems on generated scenes, from shards to captions; tied tensors survive."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlpfast import recipes
-from vlpfast.data.scenes import write_shards
+from tests._recipes import assert_same_weights, small
 from vlpfast.eval.load import load_run
 from vlpfast.eval.run import evaluate
 from vlpfast.train.ema import Ema
@@ -18,45 +16,10 @@ from vlpfast.train.run import train
 LOSSES = {"coca_scenes": {"itc", "lm"}, "blip_scenes": {"itc", "itm", "lm"}}
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes") / "val"
-    write_shards(folder, num_samples=24, split="val", progress=False)
-    return folder
-
-
-def small(name: str, scenes, logs, steps: int):
-    """The recipe with 8 pairs a step, 32 wide, one block."""
-    config = recipes.get(name)
-    shape = {"dim": 32, "heads": 2, "depth": 1}
-    model = replace(
-        config.model,
-        vision=replace(config.model.vision, **shape),
-        text=replace(config.model.text, **shape),
-        fusion=replace(config.model.fusion, **shape),
-    )
-    return replace(
-        config,
-        model=model,
-        data=replace(config.data, path=str(scenes), workers=1),
-        train=replace(
-            config.train,
-            batch_size=8,
-            steps=steps,
-            save_every=4,
-            log_every_n_steps=1,
-            precision="fp32",
-            ema_decay=0.9,
-            report_to="none",
-            logs=str(logs),
-        ),
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_trains_writes_and_resumes(name, scenes, tmp_path):
-    whole = small(name, scenes, tmp_path / "whole", 6)
+    whole = small(name, scenes, tmp_path / "whole", ema_decay=0.9)
     result = train(whole)
     rows = (whole.run_dir / "metrics.jsonl").read_text().splitlines()
     assert {loss for row in rows for loss in json.loads(row)["losses"]} == LOSSES[name]
@@ -70,10 +33,8 @@ def test_trains_writes_and_resumes(name, scenes, tmp_path):
         assert "itm_txt_r1" in evaluate(whole.run_dir, "retrieval", scenes, **options).metrics
     # Stopped after four steps and resumed, the weights are the same to the bit.
     path = whole.run_dir / "checkpoints" / "step_4.pt"
-    resumed = train(small(name, scenes, tmp_path / "again", 6), resume=str(path))
-    weights = (torch.load(r.checkpoint, weights_only=True)["state_dict"] for r in (result, resumed))
-    for (key, one), two in zip(next(weights).items(), next(weights).values(), strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=0, msg=key)
+    resumed = train(small(name, scenes, tmp_path / "again", ema_decay=0.9), resume=str(path))
+    assert_same_weights(result, resumed)
 
 
 def test_tied_tensors_are_trained_averaged_and_exported_once_under_all_their_names(

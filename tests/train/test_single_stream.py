@@ -3,13 +3,10 @@ and resumed.
 """
 
 import json
-from dataclasses import replace
 
 import pytest
-import torch
 
-from vlpfast import recipes
-from vlpfast.data.scenes import write_shards
+from tests._recipes import assert_same_weights, small
 from vlpfast.eval.run import evaluate
 from vlpfast.train.run import train
 
@@ -22,40 +19,6 @@ LOSSES = {
     "lxmert_scenes": {"itm", "mlm", "mrfr", "mrc"},
     "vilbert_scenes": {"itm", "mlm", "mrckl"},
 }
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes") / "val"
-    write_shards(folder, num_samples=24, split="val", progress=False)
-    return folder
-
-
-def small(name: str, scenes, logs, steps: int):
-    """The recipe with 8 pairs a step, 32 wide, one block."""
-    config = recipes.get(name)
-    shape = {"dim": 32, "heads": 2}
-    model = replace(
-        config.model,
-        vision=replace(config.model.vision, **shape),
-        text=replace(config.model.text, **shape),
-        fusion=replace(config.model.fusion, **shape, depth=1),
-    )
-    return replace(
-        config,
-        model=model,
-        data=replace(config.data, path=str(scenes), workers=1),
-        train=replace(
-            config.train,
-            batch_size=8,
-            steps=steps,
-            save_every=4,
-            log_every_n_steps=1,
-            precision="fp32",
-            report_to="none",
-            logs=str(logs),
-        ),
-    )
 
 
 @pytest.mark.slow
@@ -73,9 +36,7 @@ def test_trains_evaluates_and_resumes(name, scenes, tmp_path):
     path = whole.run_dir / "checkpoints" / "step_4.pt"
     again = small(name, scenes, tmp_path / "again", 6)
     resumed = train(again, resume=str(path))
-    weights = (torch.load(r.checkpoint, weights_only=True)["state_dict"] for r in (result, resumed))
-    for (key, one), two in zip(next(weights).items(), next(weights).values(), strict=True):
-        assert torch.equal(one, two), key
+    assert_same_weights(result, resumed)
 
 
 def test_regions_are_aligned_by_name(scenes, tmp_path):

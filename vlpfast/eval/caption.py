@@ -53,7 +53,6 @@ def caption_probe(
     matches, words = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     common, seen = Counter(), torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     num_samples = 0
-    spell = lambda ids: tokenizer.decode(ids)
     asked = tokenizer.encode([prompt], max_tokens) if prompt else []
     for batch in batches:
         partner, differs = derange(batch.image_ids, seed=seed)
@@ -61,13 +60,13 @@ def caption_probe(
         if len(kept) == 0:
             continue
         encoded = [tokenizer.encode(captions(i), max_tokens) for i in batch.sample_ids.tolist()]
-        truths = [{spell(text) for text in encoded[row]} for row in kept.tolist()]
+        truths = [{tokenizer.decode(ids) for ids in encoded[row]} for row in kept.tolist()]
         common.update(text for true in truths for text in true)
         if asked:
             batch = replace(batch, prompt=Ragged.from_lists(asked * len(batch)))
         written = _write(model, batch, tokenizer, max_tokens, num_beams)
         for case, rows in enumerate((kept, partner[kept])):
-            texts = [spell(written[row]) for row in rows.tolist()]
+            texts = [tokenizer.decode(written[row]) for row in rows.tolist()]
             matches[case] += sum(t in true for t, true in zip(texts, truths, strict=True))
         text = Ragged.from_lists([texts[0] for texts in encoded])
         hits, targets = _next_tokens(model, replace(batch, text=text), partner, differs)
@@ -76,6 +75,20 @@ def caption_probe(
         num_samples += len(kept)
     if num_samples == 0:
         raise ValueError("caption: the data is empty, or every batch holds a single image")
+    info = {"num_beams": num_beams}
+    return replace(_result(matches, words, common, seen, num_samples), info=info)
+
+
+def _result(
+    matches: torch.Tensor,
+    words: torch.Tensor,
+    common: Counter[str],
+    seen: torch.Tensor,
+    num_samples: int,
+) -> EvalResult:
+    """From right captions (2,) and next tokens (2,), with the true and with the other image, and
+    how often each caption and each token (V,) was the right one.
+    """
     num_tokens = int(seen.sum())
     exact, shuffled = (100 * n / num_samples for n in matches.tolist())
     token, shuffled_token = (100 * n / num_tokens for n in words.tolist())
@@ -93,7 +106,6 @@ def caption_probe(
         },
         counts={"num_samples": num_samples, "num_tokens": num_tokens},
         intervals={"exact_match": binomial_interval(exact, num_samples)},
-        info={"num_beams": num_beams},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from vlpfast.data.scenes.text import blind_answer_accuracy
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.eval.probe import binomial_interval, derange
 from vlpfast.eval.report import EvalResult
+from vlpfast.models.generate import SearchOptions, generate
 from vlpfast.models.vlp import VLPModel
 from vlpfast.ragged import Ragged
 
@@ -33,22 +35,14 @@ def answers(
         prompt: packed token ids of R prompts.
         tokenizer: of prompts and answers.
     """
-    start = kv_index.new_full((len(prompt), 1), tokenizer.start_id)
-    asked = {"prompt": prompt}
-    if model.config.fusion.kind == "seq2seq":
-        keys, asked = model.read(keys, kv_index, prompt), {}
-        kv_index = torch.arange(len(prompt), device=kv_index.device)
-    text, ended = Ragged.from_dense(start), torch.zeros_like(kv_index, dtype=torch.bool)
-    for _ in range(MAX_ANSWER):
-        states = model.decode(text, keys, kv_index, **asked)
-        token = model.next_token_logits(states.values[states.last()]).argmax(-1)
-        token = torch.where(ended, tokenizer.end_id, token)
-        text, ended = text.append(token), ended | (token == tokenizer.end_id)
-        if ended.all():
-            break
-    rows = text.values.view(len(text), -1)[:, 1:].tolist()
-    cut = [row[: row.index(tokenizer.end_id)] if tokenizer.end_id in row else row for row in rows]
-    return [tokenizer.decode(row) for row in cut]
+    encodes = model.config.fusion.kind == "seq2seq"
+    sources = model.read(keys, kv_index, prompt) if encodes else keys.select(kv_index)
+    # In one sequence, prompts of different lengths leave no common place for kept keys.
+    search = SearchOptions(tokenizer.start_id, tokenizer.end_id, MAX_ANSWER + 1, cached=encodes)
+    text = generate(model, sources, len(prompt), search, None if encodes else prompt).text
+    ids, ends = text.values.tolist(), text.cu_seqlens.tolist()
+    rows = [ids[a + 1 : b] for a, b in pairwise(ends)]
+    return [tokenizer.decode([i for i in row if i != tokenizer.end_id]) for row in rows]
 
 
 def vqa_probe(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from vlpfast.integrations.layouts import transformers_clip, transformers_vilt
+from vlpfast.integrations.layouts import transformers
 from vlpfast.integrations.weights import convert
 
 
@@ -22,7 +22,7 @@ def vilt_state_dict(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
             they are named.
     """
     layers = {name.split(".")[2] for name in source if name.startswith("encoder.layer.")}
-    return convert(transformers_vilt(len(layers)), source)[0]
+    return convert(transformers.vilt(len(layers)), source)[0]
 
 
 def clip_state_dict(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,4 +36,4 @@ def clip_state_dict(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         len({n.split(".")[3] for n in source if n.startswith(f"{tower}_model.encoder.layers.")})
         for tower in ("vision", "text")
     ]
-    return convert(transformers_clip(*depths), source)[0]
+    return convert(transformers.clip(*depths), source)[0]

@@ -1,6 +1,6 @@
 """Weights from and to other libraries' models, strictly: every tensor is used or named.
 
-What is called what in which library is in `layouts.py`; neither library is needed to convert.
+What is called what in which library is in `layouts/`; neither library is needed to convert.
 """
 
 from __future__ import annotations

@@ -97,6 +97,27 @@ def last_linear(in_features: int, out_features: int, layer_scale: float) -> nn.L
     return nn.Linear(in_features, out_features)
 
 
+def self_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout_p: float, seed: int
+) -> Tensor:
+    """q, k, v (..., H, E) of the same tokens, which lie as `layout` says -> (..., H * E)."""
+    mixed = attention(
+        q,
+        k,
+        v,
+        cu_q=layout.cu_seqlens,
+        cu_k=layout.cu_seqlens,
+        max_q=layout.max_len,
+        max_k=layout.max_len,
+        q_block=layout.blocks,
+        k_block=None if isinstance(layout.blocks, str) else layout.blocks,
+        bias=layout.bias,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+    return mixed.flatten(-2)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values;
     `sub_norm_eps` as in `Mlp`.
@@ -125,21 +146,7 @@ class SelfAttention(nn.Module):
         if layout.cache is not None:
             blocks = layout.blocks if isinstance(layout.blocks, Tensor) else None
             return layout.cache.attend(self, q, k, v, blocks).flatten(-2)
-        mixed = attention(
-            q,
-            k,
-            v,
-            cu_q=layout.cu_seqlens,
-            cu_k=layout.cu_seqlens,
-            max_q=layout.max_len,
-            max_k=layout.max_len,
-            q_block=layout.blocks,
-            k_block=None if isinstance(layout.blocks, str) else layout.blocks,
-            bias=layout.bias,
-            dropout_p=self.dropout if self.training else 0.0,
-            seed=seed,
-        )
-        mixed = mixed.flatten(-2)
+        mixed = self_attention(q, k, v, layout, self.dropout if self.training else 0.0, seed)
         return mixed if self.norm is None else self.norm(mixed)[0]
 
 

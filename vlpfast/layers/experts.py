@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlpfast.layers.block import Layout, Mlp, ResidualNorm, last_linear
-from vlpfast.ops.attention import attention
+from vlpfast.layers.block import Layout, Mlp, ResidualNorm, last_linear, self_attention
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 
@@ -160,22 +159,9 @@ class ExpertAttention(nn.Module):
         """Of the streams that are `wanted`, by default all; all are read."""
         projected = {name: expert(self.qkv, name, layout)(tokens) for name, tokens in x.items()}
         q, k, v = layout.join(projected).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        sequences = layout.sequences
-        mixed = attention(
-            q,
-            k,
-            v,
-            cu_q=sequences.cu_seqlens,
-            cu_k=sequences.cu_seqlens,
-            max_q=sequences.max_len,
-            max_k=sequences.max_len,
-            q_block=sequences.blocks,
-            k_block=sequences.blocks,
-            bias=sequences.bias,
-            dropout_p=self.dropout if self.training else 0.0,
-            seed=seed,
-        )
-        mixed = layout.split(mixed.flatten(-2), wanted or x)
+        dropout_p = self.dropout if self.training else 0.0
+        mixed = self_attention(q, k, v, layout.sequences, dropout_p, seed)
+        mixed = layout.split(mixed, wanted or x)
         if self.norm is not None:
             mixed = {name: expert(self.norm, name, layout)(y)[0] for name, y in mixed.items()}
         return {name: expert(self.out, name, layout)(y) for name, y in mixed.items()}

@@ -232,3 +232,9 @@ def _check_shared(model: ModelConfig) -> None:
         raise ValueError(
             "fusion.kind 'shared' reads patches without a class token: it has one for all"
         )
+    fusion = model.fusion
+    if fusion.moe_experts and (fusion.layer_scale or fusion.norm == "sub"):
+        raise ValueError(
+            "fusion.moe_experts has no LayerScale and no norms inside: fusion.layer_scale must be "
+            f"0 and fusion.norm 'pre' or 'post', got {fusion.layer_scale} and {fusion.norm!r}"
+        )

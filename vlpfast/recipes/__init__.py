@@ -8,62 +8,39 @@ A recipe is named for its system and size (`albef_base`), or for its system and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 from vlpfast.config import close_match
-from vlpfast.recipes import (
-    albef,
-    align,
-    beit2,
-    beit3,
-    blip,
-    clip,
-    coca,
-    flip,
-    lxmert,
-    metalm,
-    pali,
-    pixel_bert,
-    siglip,
-    uni_perceiver,
-    uni_perceiver_moe,
-    uniter,
-    vilbert,
-    vilt,
-    vlmo,
-    vqkd,
-    vsepp,
-    x_lxmert,
-)
 from vlpfast.train.config import RunConfig
 
 _SYSTEMS = (
-    albef,
-    align,
-    beit2,
-    beit3,
-    blip,
-    clip,
-    coca,
-    flip,
-    lxmert,
-    metalm,
-    pali,
-    pixel_bert,
-    siglip,
-    uni_perceiver,
-    uni_perceiver_moe,
-    uniter,
-    vilbert,
-    vilt,
-    vlmo,
-    vqkd,
-    vsepp,
-    x_lxmert,
+    "albef",
+    "align",
+    "beit2",
+    "beit3",
+    "blip",
+    "clip",
+    "coca",
+    "flip",
+    "lxmert",
+    "metalm",
+    "pali",
+    "pixel_bert",
+    "siglip",
+    "uni_perceiver",
+    "uni_perceiver_moe",
+    "uniter",
+    "vilbert",
+    "vilt",
+    "vlmo",
+    "vqkd",
+    "vsepp",
+    "x_lxmert",
 )
 _RECIPES: dict[str, Callable[[], RunConfig]] = {
-    f"{module.__name__.rpartition('.')[2]}_{variant}": recipe
-    for module in _SYSTEMS
-    for variant, recipe in module.RECIPES.items()
+    f"{system}_{variant}": recipe
+    for system in _SYSTEMS
+    for variant, recipe in import_module(f"{__name__}.{system}").RECIPES.items()
 }
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,54 +84,64 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
                 start_step=micro_batch,
             )
 
-        def prepare(batch: Batch) -> Batch:
-            objectives, key = config.objectives, {"seed": seed, "positions": batch.positions}
-            words = {"whole_word": objectives.mlm_whole_word, **key}
-            if objectives.mlm:
-                masked, labels = mask_text(
-                    batch.text, tokenizer, probability=objectives.mlm_probability, **words
-                )
-                batch = replace(batch, masked_text=masked, mlm_labels=labels)
-            if objectives.mtm:
-                words["seed"] = fold_seed(seed, 1)
-                masked, labels = mask_text(
-                    batch.text, tokenizer, probability=objectives.mtm_probability, **words
-                )
-                batch = replace(batch, masked_alone=masked, alone_labels=labels)
-            if objectives.masks_regions:
-                hidden = mask_regions(
-                    batch.visual("regions"), probability=objectives.mrm_probability, **key
-                )
-                batch = replace(batch, masked_regions=hidden)
-            if objectives.hides_patches:
-                patches = config.model.num_patches
-                count = max(1, round(objectives.mim_probability * patches))
-                ids = mask_patches(count, math.isqrt(patches), **key)
-                batch = replace(batch, hidden_patches=ids)
-            if guide is not None:
-                bf16 = config.train.precision == "amp_bf16"
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-                    batch = guide.fill(batch)
-            return batch
-
-        identity = {"data": data_identity(index, config.data), "tokenizer": tokenizer.sha256}
-        files = {"tokenizer.json": tokenizer.save}
-        if guide is not None:
-            identity["guide"] = guide.sha256
-            text = json.dumps(run_config(Path(config.objectives.guide)), indent=2) + "\n"
-            files["guide.json"] = lambda path: path.write_text(text)
-
-        run = Run(
-            name=config.name,
-            folder=config.run_dir,
-            num_samples=index.num_samples,
-            config=to_dict(config),
-            identity=identity,
-            files=files,
-            notes=notes,
-        )
-        trainer = Trainer(step, open_loader, config.optim, config.train, run, world, prepare)
+        run = run_of(config, index, tokenizer, guide, notes)
+        ready = partial(prepare, config=config, tokenizer=tokenizer, guide=guide)
+        trainer = Trainer(step, open_loader, config.optim, config.train, run, world, ready)
         return trainer.fit(resume)
+
+
+def prepare(batch: Batch, config: RunConfig, tokenizer: Tokenizer, guide: Guide | None) -> Batch:
+    """`batch` with what its objectives hide of it, and the guide's targets: a function of the seed
+    and of the places in the stream.
+    """
+    objectives, seed = config.objectives, config.train.seed
+    key = {"seed": seed, "positions": batch.positions}
+    words = {"whole_word": objectives.mlm_whole_word, "positions": batch.positions}
+    if objectives.mlm:
+        masked, labels = mask_text(
+            batch.text, tokenizer, probability=objectives.mlm_probability, seed=seed, **words
+        )
+        batch = replace(batch, masked_text=masked, mlm_labels=labels)
+    if objectives.mtm:
+        other, share = fold_seed(seed, 1), objectives.mtm_probability
+        masked, labels = mask_text(batch.text, tokenizer, probability=share, seed=other, **words)
+        batch = replace(batch, masked_alone=masked, alone_labels=labels)
+    if objectives.masks_regions:
+        hidden = mask_regions(
+            batch.visual("regions"), probability=objectives.mrm_probability, **key
+        )
+        batch = replace(batch, masked_regions=hidden)
+    if objectives.hides_patches:
+        patches = config.model.num_patches
+        count = max(1, round(objectives.mim_probability * patches))
+        ids = mask_patches(count, math.isqrt(patches), **key)
+        batch = replace(batch, hidden_patches=ids)
+    if guide is not None:
+        bf16 = config.train.precision == "amp_bf16"
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+            batch = guide.fill(batch)
+    return batch
+
+
+def run_of(
+    config: RunConfig, index: Index, tokenizer: Tokenizer, guide: Guide | None, notes: Sequence[str]
+) -> Run:
+    """Names and identity of a run: a resumed one must have the same data, tokenizer and guide."""
+    identity = {"data": data_identity(index, config.data), "tokenizer": tokenizer.sha256}
+    files = {"tokenizer.json": tokenizer.save}
+    if guide is not None:
+        identity["guide"] = guide.sha256
+        text = json.dumps(run_config(Path(config.objectives.guide)), indent=2) + "\n"
+        files["guide.json"] = lambda path: path.write_text(text)
+    return Run(
+        name=config.name,
+        folder=config.run_dir,
+        num_samples=index.num_samples,
+        config=to_dict(config),
+        identity=identity,
+        files=files,
+        notes=notes,
+    )
 
 
 def open_tokenizer(config: RunConfig, index: Index, resume: str | None) -> Tokenizer:

@@ -11,7 +11,7 @@ _EXPERTS = {"image": "A", "text": "B"}
 _FIRST_POSITION = 2
 
 
-def unilm_beit3(config: ModelConfig) -> Layout:
+def beit3(config: ModelConfig) -> Layout:
     """BEiT-3 as `BEiT3ForRetrieval` where there is a joint space, `BEiT3ForCaptioning` where there
     is a token head; of masked images they have the mask token, without a head of codes.
 

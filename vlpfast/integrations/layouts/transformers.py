@@ -1,19 +1,12 @@
-"""Names of the tensors of transformers' and open_clip's models beside ours.
-
-In a table, `{k}` stands for "weight" and "bias", `{n}` for what a BatchNorm has, and several names
-on one side are joined by rows.
-"""
+"""Names of the tensors of Hugging Face transformers' models beside ours (see `names`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 
-from vlpfast.integrations.unilm import unilm_beit3
+from vlpfast.integrations.layouts.names import rules_of, stack_of
 from vlpfast.integrations.weights import ZEROS, Layout, Rule
 from vlpfast.models.config import ModelConfig
-
-Names = Mapping[str, str]
 
 _QKV = "self_attn.q_proj.{k} self_attn.k_proj.{k} self_attn.v_proj.{k}"
 _TRANSFORMERS_BLOCK = {
@@ -32,56 +25,12 @@ _BERT_BLOCK = {
     "mlp.fc1.{k}": "intermediate.dense.{k}",
     "mlp.fc2.{k}": "output.dense.{k}",
 }
-_OPEN_CLIP_BLOCK = {
-    "attention.qkv.{k}": "attn.in_proj_{k}",
-    "attention.out.{k}": "attn.out_proj.{k}",
-    "norm1.{k}": "ln_1.{k}",
-    "norm2.{k}": "ln_2.{k}",
-    "mlp.fc1.{k}": "mlp.c_fc.{k}",
-    "mlp.fc2.{k}": "mlp.c_proj.{k}",
-}
-_TIMM_BLOCK = {
-    "attention.qkv.{k}": "attn.qkv.{k}",
-    "attention.out.{k}": "attn.proj.{k}",
-    **{f"{name}.{{k}}": f"{name}.{{k}}" for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")},
-}
-
-
-_ENDINGS = {
-    "{k}": ("weight", "bias"),
-    "{n}": ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
-}
-
-
-def _rules(names: Names, here: str = "", there: str = "", **options: object) -> list[Rule]:
-    """A rule for each entry, with prefixes."""
-    rules = []
-    for ours, theirs in names.items():
-        mark = next((mark for mark in _ENDINGS if mark in ours), "")
-        for ending in _ENDINGS.get(mark, ("",)):
-            sides = [
-                tuple(
-                    name
-                    if name == ZEROS
-                    else prefix + (name.replace(mark, ending) if mark else name)
-                    for name in side.split()
-                )
-                for prefix, side in ((here, ours), (there, theirs))
-            ]
-            rules.append(Rule(*sides, **options))
-    return rules
-
-
-def _stack(names: Names, here: str, there: str, depth: int) -> list[Rule]:
-    return [
-        rule for n in range(depth) for rule in _rules(names, f"{here}.blocks.{n}.", f"{there}.{n}.")
-    ]
 
 
 _POSITION_IDS = ("*.position_ids", "a constant")
 
 
-def transformers_clip(vision_depth: int, text_depth: int) -> Layout:
+def clip(vision_depth: int, text_depth: int) -> Layout:
     """`CLIPModel` with so many layers."""
     names = {
         "scale": "logit_scale",
@@ -96,13 +45,13 @@ def transformers_clip(vision_depth: int, text_depth: int) -> Layout:
         "text.embedding.position": "text_model.embeddings.position_embedding.weight",
         "text.norm.{k}": "text_model.final_layer_norm.{k}",
     }
-    rules = _rules(names)
+    rules = rules_of(names)
     for tower, depth in (("vision", vision_depth), ("text", text_depth)):
-        rules += _stack(_TRANSFORMERS_BLOCK, tower, f"{tower}_model.encoder.layers", depth)
+        rules += stack_of(_TRANSFORMERS_BLOCK, tower, f"{tower}_model.encoder.layers", depth)
     return Layout("transformers CLIPModel", tuple(rules), (_POSITION_IDS,))
 
 
-def _transformers_siglip(config: ModelConfig) -> Layout:
+def siglip(config: ModelConfig) -> Layout:
     names = {
         "text_projection.{k}": "text_model.head.{k}",
         "vision.embedding.{k}": "vision_model.embeddings.patch_embedding.{k}",
@@ -116,14 +65,14 @@ def _transformers_siglip(config: ModelConfig) -> Layout:
         "text.embedding.position": "text_model.embeddings.position_embedding.weight",
         "text.norm.{k}": "text_model.final_layer_norm.{k}",
     }
-    rules = _rules(names)
-    rules += _rules({"scale": "logit_scale", "logit_bias": "logit_bias"}, lead=1)
-    rules += _rules({"vision.pooler.probe": "vision_model.head.probe"}, lead=2)
+    rules = rules_of(names)
+    rules += rules_of({"scale": "logit_scale", "logit_bias": "logit_bias"}, lead=1)
+    rules += rules_of({"vision.pooler.probe": "vision_model.head.probe"}, lead=2)
     joined = {"vision.pooler.q.{k} vision.pooler.kv.{k}": "vision_model.head.attention.in_proj_{k}"}
-    rules += _rules(joined, shares=(1, 2))
+    rules += rules_of(joined, shares=(1, 2))
     for tower in ("vision", "text"):
         depth = getattr(config, tower).depth
-        rules += _stack(_TRANSFORMERS_BLOCK, tower, f"{tower}_model.encoder.layers", depth)
+        rules += stack_of(_TRANSFORMERS_BLOCK, tower, f"{tower}_model.encoder.layers", depth)
     return Layout("transformers SiglipModel", tuple(rules), (_POSITION_IDS,))
 
 
@@ -167,17 +116,17 @@ def _efficientnet(cnn: str) -> list[Rule]:
         "conv_stem.weight": "embeddings.convolution.weight",
         "bn1.{n}": "embeddings.batchnorm.{n}",
     }
-    rules, number = _rules(stem, here, there), 0
+    rules, number = rules_of(stem, here, there), 0
     for stage, blocks in enumerate(_STAGES):
         names = _LATER_STAGES if stage else _FIRST_STAGE
         for block in range(math.ceil(blocks * _DEPTHS[known.index(cnn)])):
             prefixes = f"{here}blocks.{stage}.{block}.", f"{there}encoder.blocks.{number}."
-            rules += _rules(names | _SQUEEZE, *prefixes)
+            rules += rules_of(names | _SQUEEZE, *prefixes)
             number += 1
     return rules
 
 
-def _transformers_align(config: ModelConfig) -> Layout:
+def align(config: ModelConfig) -> Layout:
     names = {
         "scale": "temperature",
         "text_projection.{k}": "text_projection.{k}",
@@ -187,8 +136,8 @@ def _transformers_align(config: ModelConfig) -> Layout:
         "text.embedding.norm.{k}": "text_model.embeddings.LayerNorm.{k}",
     }
     rules = [
-        *_rules(names),
-        *_stack(_BERT_BLOCK, "text", "text_model.encoder.layer", config.text.depth),
+        *rules_of(names),
+        *stack_of(_BERT_BLOCK, "text", "text_model.encoder.layer", config.text.depth),
         *_efficientnet(config.vision.cnn),
     ]
     unused = (
@@ -210,7 +159,7 @@ _VILT_BLOCK = {
 }
 
 
-def transformers_vilt(depth: int) -> Layout:
+def vilt(depth: int) -> Layout:
     """`ViltModel` with so many layers; it has no heads."""
     names = {
         "vision.embedding.{k}": "embeddings.patch_embeddings.projection.{k}",
@@ -223,10 +172,10 @@ def transformers_vilt(depth: int) -> Layout:
         "pooler.{k}": "pooler.dense.{k}",
     }
     rules = [
-        *_rules(names),
-        *_rules({"vision.embedding.class_token": "embeddings.cls_token"}, lead=2),
-        *_rules({"vision.embedding.position": "embeddings.position_embeddings"}, lead=1),
-        *_stack(_VILT_BLOCK, "fusion", "encoder.layer", depth),
+        *rules_of(names),
+        *rules_of({"vision.embedding.class_token": "embeddings.cls_token"}, lead=2),
+        *rules_of({"vision.embedding.position": "embeddings.position_embeddings"}, lead=1),
+        *stack_of(_VILT_BLOCK, "fusion", "encoder.layer", depth),
     ]
     constants = (_POSITION_IDS, ("*.token_type_ids", "a constant"))
     return Layout("transformers ViltModel", tuple(rules), constants)
@@ -247,7 +196,7 @@ _BEIT_BLOCK = {
 }
 
 
-def _transformers_beit(config: ModelConfig) -> Layout:
+def beit(config: ModelConfig) -> Layout:
     """Without the class token's head, which transformers has not."""
     depth = config.vision.depth
     owners = {
@@ -268,9 +217,9 @@ def _transformers_beit(config: ModelConfig) -> Layout:
         "vision.embedding.mask_token": "beit.embeddings.mask_token",
     }
     rules = [
-        *_rules(names),
-        *_rules(tokens, lead=2),
-        *_stack(_BEIT_BLOCK, "vision", "beit.layers", depth),
+        *rules_of(names),
+        *rules_of(tokens, lead=2),
+        *stack_of(_BEIT_BLOCK, "vision", "beit.layers", depth),
     ]
     return Layout("transformers BeitForMaskedImageModeling", tuple(rules))
 
@@ -290,7 +239,7 @@ _LXMERT_CROSS = {
 }
 
 
-def _transformers_lxmert(config: ModelConfig) -> Layout:
+def lxmert(config: ModelConfig) -> Layout:
     names = {
         "text.embedding.token": "lxmert.embeddings.word_embeddings.weight",
         "text.embedding.position": "lxmert.embeddings.position_embeddings.weight",
@@ -311,15 +260,15 @@ def _transformers_lxmert(config: ModelConfig) -> Layout:
         "region_heads.feature.{k}": "obj_predict_head.decoder_dict.feat.{k}",
     }
     rules = [
-        *_rules(names),
-        *_stack(_BERT_BLOCK, "text", "lxmert.encoder.layer", config.text.depth),
-        *_stack(_BERT_BLOCK, "vision", "lxmert.encoder.r_layers", config.vision.depth),
+        *rules_of(names),
+        *stack_of(_BERT_BLOCK, "text", "lxmert.encoder.layer", config.text.depth),
+        *stack_of(_BERT_BLOCK, "vision", "lxmert.encoder.r_layers", config.vision.depth),
     ]
     for number in range(config.fusion.depth):
         here, there = f"fusion.layers.{number}.", f"lxmert.encoder.x_layers.{number}."
-        rules += _rules(_LXMERT_CROSS, f"{here}cross.0.", f"{there}visual_attention.")
+        rules += rules_of(_LXMERT_CROSS, f"{here}cross.0.", f"{there}visual_attention.")
         for place, stream in enumerate(("lang_", "visn_")):
-            rules += _rules(_LXMERT_STREAM, f"{here}own.{place}.", f"{there}{stream}")
+            rules += rules_of(_LXMERT_STREAM, f"{here}own.{place}.", f"{there}{stream}")
     unused = (
         ("cls.predictions.decoder.weight", "the token table, which is there twice"),
         ("obj_predict_head.decoder_dict.attr.*", "no batch has the attributes of regions"),
@@ -352,19 +301,19 @@ def _blip_text(config: ModelConfig, there: str, decoder: bool) -> list[Rule]:
         "text.embedding.position": "embeddings.position_embeddings.weight",
         "text.embedding.norm.{k}": "embeddings.LayerNorm.{k}",
     }
-    rules, depth = _rules(names, there=there), config.text.depth
+    rules, depth = rules_of(names, there=there), config.text.depth
     for n in range(depth):
         layer = f"{there}encoder.layer.{n}."
         for ours, theirs in _BERT_BLOCK.items():
             tower = "decoder" if decoder and ours in _OF_ATTENTION else "text"
-            rules += _rules({ours: theirs}, f"{tower}.blocks.{n}.", layer)
-        rules += _rules(_CROSS_BLOCK, f"fusion.blocks.{n}.", layer)
+            rules += rules_of({ours: theirs}, f"{tower}.blocks.{n}.", layer)
+        rules += rules_of(_CROSS_BLOCK, f"fusion.blocks.{n}.", layer)
         keys = "crossattention.self.key.{k} crossattention.self.value.{k}"
-        rules += _rules({f"fusion.image_kv.{{k}}#{n}/{depth}": keys}, there=layer)
+        rules += rules_of({f"fusion.image_kv.{{k}}#{n}/{depth}": keys}, there=layer)
     return rules
 
 
-def _transformers_blip(config: ModelConfig) -> Layout:
+def blip(config: ModelConfig) -> Layout:
     """`BlipForImageTextRetrieval`, and where there is a decoder `BlipForConditionalGeneration` with
     it in one state dict.
     """
@@ -377,10 +326,10 @@ def _transformers_blip(config: ModelConfig) -> Layout:
     }
     here, there = "vision.embedding.", "vision_model.embeddings."
     rules = [
-        *_rules(names),
-        *_rules({"class_token": "class_embedding"}, here, there, lead=2),
-        *_rules({"position": "position_embedding"}, here, there, lead=1),
-        *_stack(_BLIP_VISION_BLOCK, "vision", "vision_model.encoder.layers", config.vision.depth),
+        *rules_of(names),
+        *rules_of({"class_token": "class_embedding"}, here, there, lead=2),
+        *rules_of({"position": "position_embedding"}, here, there, lead=1),
+        *stack_of(_BLIP_VISION_BLOCK, "vision", "vision_model.encoder.layers", config.vision.depth),
         *_blip_text(config, "text_encoder.", False),
     ]
     name = "transformers BlipForImageTextRetrieval"
@@ -392,142 +341,7 @@ def _transformers_blip(config: ModelConfig) -> Layout:
             "text.embedding.token": "decoder.weight",
         }
         rules += _blip_text(config, "text_decoder.bert.", True)
-        rules += _rules(head, there="text_decoder.cls.predictions.")
+        rules += rules_of(head, there="text_decoder.cls.predictions.")
         for bias in ("bias", "decoder.bias"):
-            rules += _rules({"lm_head.bias": f"text_decoder.cls.predictions.{bias}"})
+            rules += rules_of({"lm_head.bias": f"text_decoder.cls.predictions.{bias}"})
     return Layout(name, tuple(rules), (_POSITION_IDS,), lacks=("scale",))
-
-
-def _open_clip_text(config: ModelConfig, prefix: str) -> list[Rule]:
-    names = {
-        "text.embedding.token": "token_embedding.weight",
-        "text.embedding.position": "positional_embedding",
-        "text.norm.{k}": "ln_final.{k}",
-    }
-    blocks = f"{prefix}transformer.resblocks"
-    return _rules(names, there=prefix) + _stack(_OPEN_CLIP_BLOCK, "text", blocks, config.text.depth)
-
-
-def _open_clip_clip(config: ModelConfig) -> Layout:
-    names = {
-        "scale": "logit_scale",
-        "vision.embedding.weight": "visual.conv1.weight",
-        "vision.embedding.class_token": "visual.class_embedding",
-        "vision.embedding.position": "visual.positional_embedding",
-        "vision.embed_norm.{k}": "visual.ln_pre.{k}",
-        "vision.norm.{k}": "visual.ln_post.{k}",
-    }
-    projections = {
-        "image_projection.weight": "visual.proj",
-        "text_projection.weight": "text_projection",
-    }
-    rules = [
-        *_rules(names),
-        *_rules(projections, transpose=True),
-        *_stack(_OPEN_CLIP_BLOCK, "vision", "visual.transformer.resblocks", config.vision.depth),
-        *_open_clip_text(config, ""),
-    ]
-    return Layout("open_clip CLIP", tuple(rules), (("attn_mask", "a constant"),))
-
-
-def _open_clip_siglip(config: ModelConfig) -> Layout:
-    trunk = {
-        "embedding.{k}": "patch_embed.proj.{k}",
-        "norm.{k}": "norm.{k}",
-        "pooler.q.{k}": "attn_pool.q.{k}",
-        "pooler.kv.{k}": "attn_pool.kv.{k}",
-        "pooler.out.{k}": "attn_pool.proj.{k}",
-        "pooler.norm.{k}": "attn_pool.norm.{k}",
-        "pooler.mlp.fc1.{k}": "attn_pool.mlp.fc1.{k}",
-        "pooler.mlp.fc2.{k}": "attn_pool.mlp.fc2.{k}",
-    }
-    rules = [
-        *_rules({"scale": "logit_scale", "logit_bias": "logit_bias"}),
-        *_rules({"text_projection.{k}": "text.text_projection.{k}"}),
-        *_rules(trunk, "vision.", "visual.trunk."),
-        *_rules({"vision.embedding.position": "visual.trunk.pos_embed"}, lead=1),
-        *_rules({"vision.pooler.probe": "visual.trunk.attn_pool.latent"}, lead=2),
-        *_stack(_TIMM_BLOCK, "vision", "visual.trunk.blocks", config.vision.depth),
-        *_open_clip_text(config, "text."),
-    ]
-    return Layout("open_clip SigLIP", tuple(rules), (("text.attn_mask", "a constant"),))
-
-
-_OPEN_CLIP_POOLER = {
-    "query": "query",
-    "norm_q.{k}": "ln_q.{k}",
-    "norm_k.{k}": "ln_k.{k}",
-    "out.{k}": "attn.out_proj.{k}",
-}
-_OPEN_CLIP_OWN_TEXT = {
-    "attention.qkv.{k}": "attn.in_proj_{k}",
-    "attention.out.{k}": "attn.out_proj.{k}",
-    "norm1.{k}": "ln_1.{k}",
-    "norm_between.{k}": "ln_2.{k}",
-    "mlp_between.fc1.{k}": "mlp.c_fc.{k}",
-    "mlp_between.fc2.{k}": "mlp.c_proj.{k}",
-}
-_OPEN_CLIP_READS_IMAGE = {
-    "cross.out.{k}": "attn.out_proj.{k}",
-    "norm_cross.{k}": "ln_1.{k}",
-    "norm2.{k}": "ln_2.{k}",
-    "mlp.fc1.{k}": "mlp.c_fc.{k}",
-    "mlp.fc2.{k}": "mlp.c_proj.{k}",
-}
-
-
-def _open_clip_coca(config: ModelConfig) -> Layout:
-    """With `attentional_pool` "cascade", whose pooler is as wide as the vision tower."""
-    depth = config.fusion.depth
-    names = {
-        "scale": "logit_scale",
-        "vision.embedding.weight": "visual.conv1.weight",
-        "vision.embedding.class_token": "visual.class_embedding",
-        "vision.embedding.position": "visual.positional_embedding",
-        "vision.embed_norm.{k}": "visual.ln_pre.{k}",
-        "vision.norm.{k}": "visual.ln_post.{k}",
-        "text.class_token": "text.cls_emb",
-        "fusion.norm.{k}": "text_decoder.ln_final.{k}",
-    }
-    projections = {
-        "image_projection.weight": "visual.proj",
-        "text_projection.weight": "text.text_projection",
-        "lm_head.weight": "text_decoder.text_projection",
-    }
-    rules = [
-        *_rules(names),
-        *_rules(projections, transpose=True),
-        *_stack(_OPEN_CLIP_BLOCK, "vision", "visual.transformer.resblocks", config.vision.depth),
-        *_open_clip_text(config, "text."),
-    ]
-    for ours, theirs in (("queries", "attn_pool"), ("pooler", "attn_pool_contrastive")):
-        here, there = f"vision.{ours}.", f"visual.{theirs}."
-        rules += _rules(_OPEN_CLIP_POOLER, here, there)
-        rules += _rules({"q.{k} kv.{k}": "attn.in_proj_{k}"}, here, there, shares=(1, 2))
-    for n in range(depth):
-        here, reads = f"fusion.blocks.{n}.", f"text_decoder.cross_attn.{n}."
-        rules += _rules(_OPEN_CLIP_OWN_TEXT, here, f"text_decoder.resblocks.{n}.")
-        rules += _rules(_OPEN_CLIP_READS_IMAGE, here, reads)
-        keys, norm = (f"fusion.{part}.{{k}}#{n}/{depth}" for part in ("image_kv", "key_norm"))
-        joined = {f"{here}cross.q.{{k}} {keys}": f"{reads}attn.in_proj_{{k}}"}
-        rules += _rules(joined, shares=(1, 2)) + _rules({norm: f"{reads}ln_1_kv.{{k}}"})
-    constants = (("text.attn_mask", "a constant"), ("text_decoder.attn_mask", "a constant"))
-    return Layout("open_clip CoCa", tuple(rules), constants)
-
-
-LAYOUTS: dict[str, dict[str, Callable[[ModelConfig], Layout]]] = {
-    "transformers": {
-        "align": _transformers_align,
-        "beit2": _transformers_beit,
-        "blip": _transformers_blip,
-        "clip": lambda config: transformers_clip(config.vision.depth, config.text.depth),
-        "lxmert": _transformers_lxmert,
-        "siglip": _transformers_siglip,
-    },
-    "open_clip": {
-        "clip": _open_clip_clip,
-        "coca": _open_clip_coca,
-        "siglip": _open_clip_siglip,
-    },
-    "unilm": {"beit3": unilm_beit3},
-}
