@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from tests._batches import make_batch
+from tests._batches import make_batch, make_regions
 from tests.dist._run import run_distributed
 from torch import Tensor
 
@@ -32,6 +32,8 @@ CASES = {
     "pixel-bert": pixel_bert.OBJECTIVES,
     "uni-perceiver": uni_perceiver.OBJECTIVES,
     "uni-perceiver-moe": uni_perceiver.OBJECTIVES,
+    # Not as its recipe: negatives of other ranks that are regions, as many as an image has.
+    "uniter": ObjectivesConfig(itm=1.0, itm_negatives="hard-global"),
     "vilt": vilt.OBJECTIVES,
     "x-lxmert": x_lxmert.OBJECTIVES,
 }
@@ -42,6 +44,8 @@ NAMES = Ragged.from_lists([[1, 5, 2], [1, 6, 7, 2], [1, 8, 2]])
 def model_of(preset: str) -> VLPModel:
     """Small, and where training drops patches, one of four."""
     config = preset_config(preset, "tiny", vocab_size=50, image_size=16)
+    if preset == "uniter":
+        config = replace(config, embed_dim=16, region_heads=False)
     if config.codes:
         config = replace(config, codes=CODES)
     dropped = {"max_patches": PATCHES - 1} if config.vision.max_patches else {}
@@ -81,6 +85,7 @@ def batch_of(number: int, rank: int, world: int) -> Batch:
         prompt=prompts.select(own),
         codes=codes[own],
         hidden_patches=hidden[own],
+        regions=make_regions(ROWS, seed=number)[own],
         class_ids=classes[own],
         class_names=NAMES,
     )

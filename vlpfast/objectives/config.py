@@ -41,7 +41,8 @@ class ObjectivesConfig:
             also in the first `hinge_sum_steps` all count: from random weights the hardest alone
             draw all embeddings to one point.
         itm: image-text matching. `itm_negatives` "hard": one hard negative image and one hard
-            negative text per pair; "random": half of the pairs get another image of the batch.
+            negative text per pair, of the rank's; "hard-global": of the pairs of all ranks (BLIP's
+            retrieval, VLMo); "random": half of the pairs get another image of the batch.
         mlm: masked language modelling on the text that reads its image; with `mlm_causal` a word
             sees earlier words only, and an image no words (BEiT-3's captioning).
         mtm: masked text modelling: the same on texts alone, `mtm_probability` of whose tokens are
@@ -106,7 +107,7 @@ class ObjectivesConfig:
     commitment: float = 1.0
     guide: str = ""
     classify: float = 0.0
-    itm_negatives: Literal["hard", "random"] = "hard"
+    itm_negatives: Literal["hard", "hard-global", "random"] = "hard"
     wra_tokens: Literal["all", "inner"] = "all"
     mrm_probability: float = 0.15
     mrm_reduction: Literal["paper", "code"] = "code"
@@ -128,7 +129,7 @@ class ObjectivesConfig:
                 raise ValueError(f"objectives.{name} must be >= 0, got {getattr(self, name)}")
         if not self.weights:
             raise ValueError(f"objectives: at least one of {', '.join(OBJECTIVES)} must be > 0")
-        if self.itm and self.itm_negatives == "hard" and not self.itc:
+        if self.itm and self.itm_negatives != "random" and not self.itc:
             raise ValueError(
                 "objectives.itm draws its negatives from itc's similarities: set objectives.itc > 0"
                 " or objectives.itm_negatives 'random'"

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from vlpfast.data.batch import Batch
 from vlpfast.models.vlp import VLPModel
-from vlpfast.objectives import codes, contrast, language, matching, regions, similarity
+from vlpfast.objectives import (
+    codes,
+    contrast,
+    language,
+    matching,
+    negatives,
+    regions,
+    similarity,
+)
 from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.objectives.passes import Encoded, Loss, Passes, encode, fuse
 from vlpfast.objectives.plan import Plan, Rows
@@ -135,6 +143,9 @@ class PretrainStep(nn.Module):
             losses["hinge"] = contrast.hinge(passes)
         if config.classify:
             losses["classify"] = similarity.classify(passes)
+        if config.itm and config.itm_negatives == "hard-global":
+            key = fold_seed(self.seed, 4, step)
+            passes, hard_text, hard_image = negatives.over_ranks(passes, key)
         if plan.fusion:
             passes = replace(passes, fused=fuse(passes, hard_text, hard_image))
         if config.itm:
@@ -163,7 +174,8 @@ class PretrainStep(nn.Module):
 
     def _passes(self, batch: Batch, config: ObjectivesConfig, seed: int, step: int) -> Passes:
         """The towers' passes."""
-        plan = Plan.of(config, one_stack=self.model.config.one_stack)
+        one_stack, over_ranks = self.model.config.one_stack, self.group is not None
+        plan = Plan.of(config, one_stack=one_stack, over_ranks=over_ranks)
         alpha = config.alpha_at(step)
         kept = self._kept_patches(batch, step)
         mixed = bool(config.itm) and config.itm_negatives == "random"
