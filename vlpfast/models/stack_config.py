@@ -22,6 +22,8 @@ class StackConfig:
             on attention weights.
         layer_scale: first value of a learned factor of each channel of each branch (LayerScale);
             0: none.
+        drop_path_rate: probability with which training leaves a branch of the last block out for a
+            sample; from 0 at the first block it rises linearly (stochastic depth).
     """
 
     dim: int
@@ -34,6 +36,7 @@ class StackConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     layer_scale: float = 0.0
+    drop_path_rate: float = 0.0
 
 
 @dataclass(frozen=True)
