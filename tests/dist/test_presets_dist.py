@@ -15,11 +15,12 @@ from tests.dist._run import run_distributed
 from torch import Tensor
 
 from vlpfast.data.batch import Batch
+from vlpfast.data.masking import mask_regions
 from vlpfast.models import VLPModel, preset_config
 from vlpfast.models.config import ModelConfig
 from vlpfast.objectives import ObjectivesConfig, PretrainStep, matching
 from vlpfast.ragged import Ragged
-from vlpfast.recipes import metalm, pali, pixel_bert, uni_perceiver, vilt, x_lxmert
+from vlpfast.recipes import lxmert, metalm, pali, pixel_bert, uni_perceiver, vilt, x_lxmert
 from vlpfast.train.distributed import World
 
 # As their recipes train them.
@@ -27,6 +28,7 @@ CASES = {
     "align": ObjectivesConfig(label_smoothing=0.1),
     "clip": ObjectivesConfig(),
     "flip": ObjectivesConfig(),
+    "lxmert": lxmert.ALL,
     "metalm": metalm.OBJECTIVES,
     "pali": pali.OBJECTIVES,
     "pixel-bert": pixel_bert.OBJECTIVES,
@@ -44,13 +46,16 @@ NAMES = Ragged.from_lists([[1, 5, 2], [1, 6, 7, 2], [1, 8, 2]])
 def model_of(preset: str) -> VLPModel:
     """Small, and where training drops patches, one of four."""
     config = preset_config(preset, "tiny", vocab_size=50, image_size=16)
+    if preset == "lxmert":
+        config = replace(config, answers=3)
     if preset == "uniter":
         config = replace(config, embed_dim=16, region_heads=False)
     if config.codes:
         config = replace(config, codes=CODES)
+    vision = {"region_attributes": 5} if preset == "lxmert" else {}
     dropped = {"max_patches": PATCHES - 1} if config.vision.max_patches else {}
     torch.manual_seed(0)
-    return VLPModel(replace(config, **_narrow(config, dropped))).double()
+    return VLPModel(replace(config, **_narrow(config, dropped | vision))).double()
 
 
 def _narrow(config: ModelConfig, vision: dict) -> dict:
@@ -69,6 +74,10 @@ def batch_of(number: int, rank: int, world: int) -> Batch:
     integers = lambda high, *shape: torch.randint(0, high, shape, generator=generator)
     whole = make_batch(ROWS, seed=number)
     prompts = Ragged.from_lists([[1, *range(4, 5 + row), 2] for row in range(ROWS)])
+    regions = make_regions(ROWS, seed=number)
+    attributes = torch.rand(len(regions.boxes), 5, generator=generator).softmax(1)
+    regions = replace(regions, attributes=attributes)
+    masked = mask_regions(regions, probability=0.4, seed=3, positions=whole.positions)
     codes, hidden = integers(CODES, ROWS, PATCHES), integers(PATCHES, ROWS, 1)
     classes = torch.tensor([2, 0, -100, 1, 2, 1])
     own = torch.arange(rank, ROWS, world)
@@ -85,7 +94,9 @@ def batch_of(number: int, rank: int, world: int) -> Batch:
         prompt=prompts.select(own),
         codes=codes[own],
         hidden_patches=hidden[own],
-        regions=make_regions(ROWS, seed=number)[own],
+        regions=regions[own],
+        masked_regions=masked[own],
+        answer_ids=torch.tensor([2, -100, 0, 1, -100, 2])[own],
         class_ids=classes[own],
         class_names=NAMES,
     )

@@ -58,6 +58,13 @@ def check_model(model: ModelConfig) -> None:
     _check_sharing(model)
     if model.region_heads and model.vision.front != "regions":
         raise ValueError(f"region_heads needs vision.front 'regions', got {model.vision.front!r}")
+    if model.vision.region_attributes and model.vision.region_kind != "lxmert":
+        raise ValueError(
+            "vision.region_attributes needs vision.region_kind 'lxmert', "
+            f"got {model.vision.region_kind!r}"
+        )
+    if model.answers and not model.fusion.pooler:
+        raise ValueError("answers needs fusion.pooler True, got False")
     for name in ("image", "text"):
         dim = (model.vision if name == "image" else model.text).dim
         if model.embed_dim and not getattr(model, f"{name}_projection") and dim != model.embed_dim:

@@ -19,6 +19,8 @@ OBJECTIVES = (
     "mrfr",
     "mrc",
     "mrckl",
+    "mra",
+    "qa",
     "mim",
     "mvm",
     "mpp",
@@ -26,7 +28,7 @@ OBJECTIVES = (
     "classify",
 )
 # What `masking` "together" serves.
-TOGETHER = {"itm", "mlm", "mrfr", "mrc", "mrckl"}
+TOGETHER = {"itm", "mlm", "mrfr", "mrc", "mrckl", "mra", "qa"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class ObjectivesConfig:
         mrfr, mrc, mrckl: hidden regions' features, classes, and class distributions.
             `mrm_probability` is the share of regions hidden, `mrm_reduction` what features and
             distributions are averaged over (`objectives.regions`).
+        mra: regions' attributes by confidence, as `mrc` with `mrc_weighted` (LXMERT).
+        qa: which of the data's answers answers the question that the text is, where it is one and
+            the image is its own; with `masking` "together" (LXMERT; `data.answers`).
         mrfr_loss: "mse" (UNITER) or "smooth_l1" (LXMERT).
         mrc_weighted: each region's class counts by the detector's confidence in it (LXMERT), with
             `mrm_reduction` "code" also of regions that are not hidden.
@@ -94,6 +99,8 @@ class ObjectivesConfig:
     mrfr: float = 0.0
     mrc: float = 0.0
     mrckl: float = 0.0
+    mra: float = 0.0
+    qa: float = 0.0
     mtm: float = 0.0
     mtm_probability: float = 0.15
     mlm_causal: bool = False
@@ -153,6 +160,11 @@ class ObjectivesConfig:
                 f"objectives.masking 'together' is one row of each pair, for {sorted(TOGETHER)}; "
                 f"{', '.join(others) or 'a teacher (objectives.momentum)'} needs 'apart'"
             )
+        if self.qa and self.masking != "together":
+            raise ValueError(
+                "objectives.qa reads the rows of objectives.masking 'together', "
+                f"got {self.masking!r}"
+            )
         mixed = {name for name, _ in self.mix}
         if self.mix and mixed != self.weights.keys() - {"wra"}:
             raise ValueError(
@@ -188,7 +200,7 @@ class ObjectivesConfig:
     @property
     def masks_regions(self) -> bool:
         """Whether an objective predicts hidden regions."""
-        return bool(self.mrfr or self.mrc or self.mrckl)
+        return bool(self.mrfr or self.mrc or self.mrckl or self.mra)
 
     @property
     def hides_patches(self) -> bool:

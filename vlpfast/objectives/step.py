@@ -35,6 +35,8 @@ _AFTER_FUSION = {
     "mrfr": regions.mrfr,
     "mrc": regions.mrc,
     "mrckl": regions.mrckl,
+    "mra": regions.mra,
+    "qa": matching.qa,
     "mim": codes.mim,
     "mvm": codes.mvm,
     "mpp": codes.mpp,
@@ -104,6 +106,8 @@ class PretrainStep(nn.Module):
             (model.match_head, bool(config.itm)),
             (model.token_head, words),
             (model.region_heads, config.masks_regions),
+            (getattr(model.region_heads, "attributes", None), bool(config.mra)),
+            (model.answer_head, bool(config.qa)),
             (model.code_head, bool(config.mim or config.mvm)),
             (model.color_head, bool(config.mpp)),
         )
@@ -121,8 +125,9 @@ class PretrainStep(nn.Module):
         Args:
             batch: with `masked_text` and `mlm_labels` where MLM is enabled, `masked_alone` and
                 `alone_labels` where masked text modelling is, with `regions` where the model reads
-                them, `masked_regions` where hidden ones are predicted, `hidden_patches` for MIM,
-                MVM and MPP, `codes` for the first two, `features` for VQ-KD.
+                them, `masked_regions` where hidden ones are predicted, `answer_ids` for QA,
+                `hidden_patches` for MIM, MVM and MPP, `codes` for the first two, `features` for
+                VQ-KD.
             seed: keys dropout and hard negatives; the caller varies it by step and rank.
             step: optimizer step, for the ramp of alpha, the end of patch dropping and the choice of
                 objective.
