@@ -19,6 +19,7 @@ class Regions:
         features: packed (T, D) feature vectors, floating point.
         boxes (T, 4): (x1, y1, x2, y2) as fractions of the image's sides, or None.
         labels (T, C): the detector's class distribution, column 0 background; or None.
+        attributes (T, A): its distribution of attributes, column 0 none; or None.
         hidden (T,): bool, True on regions whose features the model must not see; None hides none.
     """
 
@@ -26,10 +27,11 @@ class Regions:
     boxes: Tensor | None = None
     labels: Tensor | None = None
     hidden: Tensor | None = None
+    attributes: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = self.features.values.shape[0]
-        for name, width in (("boxes", 4), ("labels", None), ("hidden", None)):
+        for name, width in (("boxes", 4), ("labels", None), ("hidden", None), ("attributes", None)):
             tensor = getattr(self, name)
             if tensor is None:
                 continue
@@ -49,19 +51,20 @@ class Regions:
             else p.hidden
             for p in parts
         ]
-        boxes, labels = (
+        boxes, labels, attributes = (
             None
             if getattr(parts[0], name) is None
             else torch.cat([getattr(p, name) for p in parts])
-            for name in ("boxes", "labels")
+            for name in ("boxes", "labels", "attributes")
         )
-        return cls(Ragged.cat([p.features for p in parts]), boxes, labels, torch.cat(hidden))
+        features = Ragged.cat([p.features for p in parts])
+        return cls(features, boxes, labels, torch.cat(hidden), attributes)
 
     def __getitem__(self, rows: Tensor | Sequence[int]) -> Regions:
         """Images `rows` (R,) int64, in that order."""
         rows = torch.as_tensor(rows, device=self.features.cu_seqlens.device)
         token_ids, _ = self.features.token_ids_of(rows)
-        others = (self.boxes, self.labels, self.hidden)
+        others = (self.boxes, self.labels, self.hidden, self.attributes)
         return Regions(
             self.features.select(rows), *(None if t is None else t[token_ids] for t in others)
         )

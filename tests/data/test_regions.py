@@ -14,6 +14,7 @@ from vlpfast.data.loader import make_loader, make_tokenizer, open_index
 from vlpfast.data.regions import RegionTable, open_regions
 from vlpfast.data.scenes import regions as scene_regions
 from vlpfast.data.scenes import sample_sibling, write_shards
+from vlpfast.data.scenes.space import SIZES, TEXTURES
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,15 @@ def test_scenes_show_their_own_regions(scenes, train):
         features, labels = (torch.from_numpy(a) for a in (expected.features, expected.soft_labels))
         torch.testing.assert_close(found.features.values, features, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(found.labels.roll(-1, 1), labels, rtol=1e-3, atol=1e-3)
+        attributes = torch.from_numpy(expected.soft_attributes)
+        torch.testing.assert_close(found.attributes.roll(-1, 1), attributes, rtol=1e-3, atol=1e-3)
+        # Each object's size and texture are the likeliest by far, without noise surely.
+        exact = scene_regions(scene, noise=0.0)
+        for source, each in zip(exact.sources, exact.soft_attributes, strict=True):
+            o = scene.objects[source]
+            own = 3 * SIZES.index(o.size) + TEXTURES.index(o.texture) if source >= 0 else 6
+            assert each.argmax() == own
+
         assert found.boxes.equal(torch.from_numpy(expected.boxes))
         background = torch.from_numpy(expected.sources < 0)
         assert (found.labels.argmax(1) == 0).equal(background)
@@ -61,6 +71,15 @@ def test_a_selection_keeps_its_regions(scenes):
     )
     expected = open_regions(index, "scenes").at(np.array([7]))
     assert batch.regions.features.values.equal(expected.features.values)
+
+
+def test_a_table_without_attributes_is_made_again(scenes):
+    index = open_index(DataConfig(path=str(scenes)))
+    whole = open_regions(index, "scenes").at(np.arange(12))
+    (index.folder / "scene_regions" / "attributes.npy").unlink()
+    again = open_regions(index, "scenes").at(np.arange(12))
+    assert again.attributes.equal(whole.attributes)
+    assert again.features.values.equal(whole.features.values)
 
 
 def test_files_are_read_in_the_order_of_the_index(tmp_path):

@@ -24,7 +24,11 @@ WORDS = ObjectivesConfig(itc=0.0, mlm=1.0, mtm=1.0)
 CASES = {
     "beit3-all": ("beit3", {"embed_dim": 0, "codes": 9}, replace(WORDS, mim=1.0, mvm=1.0)),
     "beit3-words": ("beit3", {"embed_dim": 0, "codes": 0}, WORDS),
-    "vlmo": ("vlmo", {"codes": 0}, ObjectivesConfig(itc=1.0, mlm=0.25)),
+    "vlmo": (
+        "vlmo",
+        {"codes": 0},
+        ObjectivesConfig(itc=1.0, itm=1.0, mlm=0.25, itm_negatives="hard-global"),
+    ),
 }
 ROWS, STEPS = 6, 3
 

@@ -267,11 +267,12 @@ def test_transformers_align():
     torch.testing.assert_close(loss, out.loss, rtol=1e-5, atol=1e-5)
 
 
-def small_lxmert() -> VLPModel:
+def small_lxmert(attributes: int = 4, answers: int = 5) -> VLPModel:
     """BERT's order of norms, 64 wide, with unlike depths."""
-    base = preset_config("lxmert", "base", vocab_size=VOCAB, context_length=LENGTH)
+    base = preset_config("lxmert", "base", vocab_size=VOCAB, context_length=LENGTH, answers=answers)
     shape = {"dim": 64, "heads": 4, "dropout": 0.0, "attention_dropout": 0.0}
     vision = replace(base.vision, **shape, depth=1, region_dim=24, region_classes=11)
+    vision = replace(vision, region_attributes=attributes)
     text, fusion = replace(base.text, **shape, depth=3), replace(base.fusion, **shape, depth=2)
     return VLPModel(replace(base, vision=vision, text=text, fusion=fusion)).eval()
 
@@ -297,13 +298,15 @@ def transformers_lxmert(model: VLPModel) -> torch.nn.Module:
 
 @torch.no_grad()
 def test_transformers_lxmert():
-    """Streams, pooled text, and every head that both have; texts and images are of unlike lengths,
-    two texts read one image.
+    """Streams, pooled text, and every head; texts and images are of unlike lengths, two texts read
+    one image.
     """
     ours = small_lxmert()
     peer = transformers_lxmert(ours)
     report = import_weights(ours, peer.state_dict(), "transformers")
-    assert len(report.unused) == 1 + 2 + 6
+    assert len(report.unused) == 1
+    bare = import_weights(small_lxmert(0, 0), peer.state_dict(), "transformers")
+    assert len(bare.unused) == 1 + 2 + 6
     generator = torch.Generator().manual_seed(1)
     features = Ragged.from_padded(
         torch.randn(3, 5, 24, generator=generator), torch.tensor([5, 2, 4])
@@ -335,6 +338,9 @@ def test_transformers_lxmert():
     predicted = peer.obj_predict_head(bare.vision_output[mask[kv_index]])
     close(ours.region_logits(fused.image.values), predicted["obj"])
     close(ours.region_features(fused.image.values), predicted["feat"])
+    close(ours.attribute_logits(fused.image.values), predicted["attr"])
+    first = fused.text.values[fused.text.first()]
+    close(ours.answer_logits(first), out.question_answering_score)
 
 
 def _batch(images: torch.Tensor, text: Ragged):

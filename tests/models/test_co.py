@@ -208,10 +208,11 @@ def test_base_sizes():
         lxmert, vilbert = (VLPModel(preset_config(p, "base")) for p in ("lxmert", "vilbert"))
     bare = count(lxmert.vision, lxmert.text, lxmert.fusion, lxmert.pooler)
     assert bare == pytest.approx(207.94, abs=0.005)
-    # Not here: attributes (400), and answers (9500) by a hidden layer with its norm.
-    attributes = 769 * 400
+    # Attributes (400), and answers (9500) by a hidden layer with its norm.
+    assert count(lxmert.region_heads.attributes) == pytest.approx(769 * 400 / 1e6)
     answers = 769 * 1536 + 2 * 1536 + 1537 * 9500
-    assert count(lxmert) + (attributes + answers) / 1e6 == pytest.approx(228.05, abs=0.005)
+    assert count(lxmert.answer_head) == pytest.approx(answers / 1e6)
+    assert count(lxmert) == pytest.approx(228.05, abs=0.005)
     assert count(vilbert) == pytest.approx(vilbert_count() / 1e6, abs=1e-6)
     assert vilbert.config.vision.depth == 0
     assert (vilbert.config.text.depth, vilbert.config.fusion.depth) == (6, 6)

@@ -114,6 +114,82 @@ def test_losses_are_those_of_rows_alone(preset, masking):
         assert float(out.losses[name][1]) == pytest.approx(float(count)), name
 
 
+ALL = {"mra": 1.0, "qa": 1.0}
+
+
+def all_step(**changes) -> tuple[PretrainStep, Batch]:
+    """LXMERT with all its heads, and a batch with attributes, questions and captions."""
+    torch.manual_seed(0)
+    config = preset_config("lxmert", "tiny", vocab_size=50, answers=4)
+    config = replace(config, vision=replace(config.vision, region_attributes=6))
+    step = PretrainStep(VLPModel(config), replace(lxmert.ALL, **changes))
+    batch = co_batch(6)
+    generator = torch.Generator().manual_seed(5)
+    attributes = torch.randn(len(batch.regions.boxes), 6, generator=generator).softmax(1)
+    answers = torch.tensor([2, -100, 0, 3, 1, -100])
+    return step, replace(
+        batch,
+        regions=replace(batch.regions, attributes=attributes),
+        masked_regions=replace(batch.masked_regions, attributes=attributes),
+        answer_ids=answers,
+    )
+
+
+@pytest.mark.parametrize("reduction", ["code", "paper"])
+def test_attributes_and_answers_by_straight_lines(reduction):
+    step, batch = all_step(mrm_reduction=reduction)
+    step.eval()
+    model, out, mixed = step.model, step(batch, seed=0, step=0), mixed_images(batch, step.seed)
+    qa = attribute = torch.zeros(())
+    asked, right, regions = 0, 0, 0
+    for row in range(len(batch)):
+        own, image = torch.tensor([row]), mixed[row : row + 1]
+        shown = batch.masked_regions[image]
+        tokens = model.encode_text(batch.masked_text.select(own)).tokens
+        keys = model.image_keys(model.encode_image(shown).tokens)
+        fused = model.fuse_pairs(tokens, keys, torch.zeros(1, dtype=torch.int64))
+        logits = model.attribute_logits(fused.image.values)
+        confidence, best = shown.attributes[:, 1:].max(1)
+        counted = torch.ones_like(shown.hidden) if reduction == "code" else shown.hidden
+        losses = confidence * F.cross_entropy(logits, best, reduction="none")
+        attribute = attribute + losses[counted].sum()
+        regions += (0.15 if reduction == "code" else 1) * int(counted.sum())
+        label = int(batch.answer_ids[row])
+        if label >= 0 and batch.image_ids[image] == batch.image_ids[own]:
+            scores = model.answer_logits(fused.text.values[:1])
+            qa = qa - scores.log_softmax(1)[0, label]
+            asked, right = asked + 1, right + int(scores.argmax() == label)
+    assert 0 < asked < 4
+    for name, total, count in (("mra", attribute, regions), ("qa", qa, asked)):
+        torch.testing.assert_close(out.losses[name][0], total, rtol=1e-4, atol=1e-4)
+        assert float(out.losses[name][1]) == pytest.approx(count)
+    assert float(out.metrics["qa_accuracy"]) == pytest.approx(right / asked)
+
+
+def test_all_heads_get_a_gradient_also_without_questions():
+    step, batch = all_step()
+    assert not step.has_idle_parameters
+    for answers in (batch.answer_ids, torch.full((6,), -100)):
+        step.zero_grad()
+        out = step.train()(replace(batch, answer_ids=answers), seed=0, step=0)
+        assert out.losses.keys() == step.weights.keys() == set(lxmert.ALL.weights)
+        sum(total for total, _ in out.losses.values()).backward()
+        assert [name for name, p in step.named_parameters() if p.grad is None] == []
+        assert all(p.grad.isfinite().all() for p in step.parameters())
+    assert int(out.losses["qa"][1]) == 0
+    assert all_step(qa=0.0)[0].has_idle_parameters
+    assert all_step(mra=0.0)[0].has_idle_parameters
+
+
+def test_labels_that_are_missing_are_named():
+    step, batch = all_step()
+    with pytest.raises(ValueError, match=r"objectives\.qa needs questions .*set data\.tasks"):
+        step(replace(batch, answer_ids=None), seed=0, step=0)
+    bare = replace(batch.masked_regions, attributes=None)
+    with pytest.raises(ValueError, match=r"objectives\.mra needs .*attributes\.npy"):
+        step(replace(batch, masked_regions=bare), seed=0, step=0)
+
+
 def test_hidden_regions_alone_count_as_the_paper_has_it():
     step, batch = co_step("lxmert", mrm_reduction="paper", masking="apart").eval(), co_batch()
     total, count = step(batch, seed=0, step=0).losses["mrc"]
@@ -161,8 +237,11 @@ def test_together_serves_any_of_its_objectives():
     [
         ("vilbert", {"mrfr": 1.0}, r"mrfr needs a region feature head.*: 'lxmert', 'uniter'"),
         ("lxmert", {"mrckl": 1.0}, r"mrckl needs a background class.*: 'uniter', 'vilbert'"),
-        ("lxmert", {"wra": 1.0}, r"'together' is one row .*'mrfr'\]; wra needs 'apart'"),
+        ("lxmert", {"wra": 1.0}, r"'together' is one row .*'qa'\]; wra needs 'apart'"),
         ("lxmert", {"wra": 1.0, "masking": "apart"}, r"wra needs fused image tokens"),
+        ("lxmert", {"mra": 1.0}, r"no attribute head: set model\.vision\.region_attr"),
+        ("lxmert", {"qa": 1.0}, r"qa needs an answer head; .*no answer head: set data\.answers"),
+        ("lxmert", {"qa": 1.0, "masking": "apart"}, r"qa reads the rows .*'together', got 'apart'"),
         ("lxmert", {"momentum": 0.9}, r"; a teacher \(objectives\.momentum\) needs 'apart'"),
     ],
     ids=str,

@@ -143,3 +143,17 @@ def test_freeze_names_what_fits_nothing():
         freeze(model, ("c.*",))
     with pytest.raises(ValueError, match="leaves nothing"):
         freeze(model, ("b.*",))
+
+
+@pytest.mark.slow
+def test_stochastic_depth_resumes_to_the_bit(scenes, tmp_path):
+    def run(name: str, rate: float, resume: str | None = None):
+        config = small("vlmo_scenes", scenes, tmp_path / name)
+        fusion = replace(config.model.fusion, drop_path_rate=rate)
+        return train(replace(config, model=replace(config.model, fusion=fusion)), resume=resume)
+
+    whole, without = run("whole", 0.5), run("without", 0.0)
+    again = run("again", 0.5, str(whole.run_dir / "checkpoints" / "step_2.pt"))
+    assert again.step == whole.step == 4
+    assert all(value.equal(weights(again)[name]) for name, value in weights(whole).items())
+    assert any(not value.equal(weights(without)[name]) for name, value in weights(whole).items())

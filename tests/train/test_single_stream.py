@@ -17,6 +17,7 @@ LOSSES = {
     "uni_perceiver_scenes": {"itc", "mlm", "lm", "classify"},
     "uni_perceiver_moe_scenes": {"itc", "mlm", "lm", "classify"},
     "lxmert_scenes": {"itm", "mlm", "mrfr", "mrc"},
+    "lxmert_scenes_answers": {"itm", "mlm", "mrfr", "mrc", "mra", "qa"},
     "vilbert_scenes": {"itm", "mlm", "mrckl"},
 }
 

@@ -38,6 +38,8 @@ class Batch:
             None.
         features (B, P, E): what a frozen teacher makes of them, or None.
         prompt: packed token ids of what each image is asked, which `text` answers, or None.
+        answer_ids (B,): int64, the number of the answer where `text` is a question; -100 where it
+            is none, or its answer is not among the data's; or None.
         class_ids (B,): int64, the class that each image shows (one of those it does), as a number
             of `class_names`; -100 where it shows none; or None.
         class_names: packed token ids of the names of all classes, or None.
@@ -60,6 +62,7 @@ class Batch:
     prompt: Ragged | None = None
     class_ids: Tensor | None = None
     class_names: Ragged | None = None
+    answer_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -31,6 +31,9 @@ class DataConfig:
             (`data.regions`); "" is none. Crops and flips do not apply to them.
         tasks: what images are asked, each sample one of these by chance: "caption", "vqa",
             "entailment" (`data.prompts`); empty: captions without a prompt.
+        answers: of how many answers, the most frequent, the text is a question's: with `tasks`, a
+            sample's text is what it is asked, or its caption, and the answer is a label (LXMERT);
+            0: prompts are of their own, and texts answer them.
         classes: class names of the images: the record field that holds one or a list of them;
             "scenes" names the objects of generated scenes, "scenes-heldout" those of held-out
             combinations; "" is none.
@@ -66,6 +69,7 @@ class DataConfig:
     max_tokens: int = 32
     regions: Literal["", "scenes", "files"] = ""
     tasks: tuple[str, ...] = ()
+    answers: int = 0
     classes: str = ""
     captions: tuple[int, ...] = ()
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -92,7 +96,13 @@ class DataConfig:
         for name in ("hflip", "grayscale", "color_jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name, least in (("workers", 0), ("prefetch", 1), ("cache_gib", 0), ("window", 0)):
+        for name, least in (
+            ("workers", 0),
+            ("prefetch", 1),
+            ("cache_gib", 0),
+            ("window", 0),
+            ("answers", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
         if any(place < 0 for place in self.captions):
@@ -111,6 +121,8 @@ class DataConfig:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if unknown := set(self.tasks) - {"caption", "vqa", "entailment"}:
             raise ValueError(f"tasks must be caption, vqa or entailment, got {sorted(unknown)}")
+        if self.answers and not set(self.tasks) - {"caption"}:
+            raise ValueError(f"answers needs tasks that ask (vqa, entailment), got {self.tasks}")
         for condition in self.where:
             if "=" not in condition:
                 raise ValueError(f"where must be 'field=value', got {condition!r}")

@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from vlpfast.data import augment
+from vlpfast.data.answers import open_answers
 from vlpfast.data.batch import Batch
 from vlpfast.data.classes import open_classes
 from vlpfast.data.config import DataConfig
 from vlpfast.data.decode import crop_resize, decode_rgb
 from vlpfast.data.index import Index
 from vlpfast.data.plan import StreamPlan, share
-from vlpfast.data.prompts import choose
+from vlpfast.data.prompts import TASKS, choose
 from vlpfast.data.regions import open_regions
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.ragged import Ragged
@@ -89,6 +90,7 @@ class TorchLoader:
         self._share = None if train else share(index.num_samples, rank, world)
         self._regions = open_regions(index, config.regions)
         self._classes = open_classes(index, config.classes)
+        self._answers = open_answers(index, config.tasks, config.answers) if config.answers else {}
         self._class_names = (
             Ragged.from_lists(tokenizer.encode(self._classes.names, config.max_tokens))
             if self._classes
@@ -137,11 +139,10 @@ class TorchLoader:
         images, draws = self._images(draws)
         positions = torch.from_numpy(draws.positions)
         images = self._augment(images, positions.to(images.device))
-        prompt, text = self._prompted(draws) if self.config.tasks else (None, self._text(draws))
+        text, more = self._texts(draws)
         return Batch(
             images=images.pin_memory() if self._pin and not images.is_cuda else images,
             text=text,
-            prompt=prompt,
             image_ids=torch.from_numpy(np.array(self.index.at("image_ids", draws.samples))),
             sample_ids=torch.from_numpy(draws.samples),
             positions=positions,
@@ -154,6 +155,7 @@ class TorchLoader:
                 else None
             ),
             class_names=self._class_names,
+            **more,
         )
 
     def draws(self, step: int) -> Draws:
@@ -201,9 +203,26 @@ class TorchLoader:
             raise ValueError(f"{name} has no caption: it cannot be loaded as an image-text pair")
         return self._tokens.ragged(draws.captions)
 
-    def _prompted(self, draws: Draws) -> tuple[Ragged, Ragged]:
-        """Packed tokens of prompts and of the texts that answer them; in evaluation each sample's
-        first of the first task.
+    def _texts(self, draws: Draws) -> tuple[Ragged, dict[str, Ragged | Tensor]]:
+        """Packed tokens of the texts, and what belongs to them in a batch: prompts, or answers."""
+        if not self.config.tasks:
+            return self._text(draws), {}
+        pairs, most = self._asked(draws), self.config.max_tokens
+        if not self.config.answers:
+            encoded = self.tokenizer.encode([part for pair in pairs for part in pair], most)
+            prompts, texts = (Ragged.from_lists(part) for part in (encoded[::2], encoded[1::2]))
+            return texts, {"prompt": prompts}
+        caption = TASKS["caption"][1]
+        texts = [text if prompt == caption else prompt for prompt, text in pairs]
+        labels = [
+            -100 if prompt == caption else self._answers.get(text, -100) for prompt, text in pairs
+        ]
+        encoded = Ragged.from_lists(self.tokenizer.encode(texts, most))
+        return encoded, {"answer_ids": torch.tensor(labels)}
+
+    def _asked(self, draws: Draws) -> list[tuple[str, str]]:
+        """Prompts and the texts that answer them; in evaluation each sample's first of the first
+        task.
         """
         tasks, positions = self.config.tasks, torch.from_numpy(draws.positions)
         chosen = number = torch.zeros_like(positions)
@@ -212,14 +231,10 @@ class TorchLoader:
             number = augment.integers(self.seed, positions, augment.TASK + 1, 1 << 16)
         captions = self.index.strings["captions"]
         columns = (draws.samples, draws.captions, chosen, number)
-        pairs = [
+        return [
             choose(self.index.record(i), captions[c].decode(), tasks[t], n)
             for i, c, t, n in zip(*(column.tolist() for column in columns), strict=True)
         ]
-        encoded = self.tokenizer.encode(
-            [part for pair in pairs for part in pair], self.config.max_tokens
-        )
-        return Ragged.from_lists(encoded[::2]), Ragged.from_lists(encoded[1::2])
 
     def _images(self, draws: Draws) -> tuple[Tensor, Draws]:
         """uint8 crops (B, S, S, 3), and the draws with corrupt samples replaced or left out."""

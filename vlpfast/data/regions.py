@@ -1,12 +1,14 @@
 """Region tables: what a detector says of every image of an index, memory-mapped.
 
-A folder of features.npy (T, D), offsets.npy (N + 1,) int64, and optionally boxes.npy (T, 4) and
-labels.npy (T, C); image n has the rows offsets[n] to offsets[n + 1] (`vlpfast.regions.Regions`).
+A folder of features.npy (T, D), offsets.npy (N + 1,) int64, and optionally boxes.npy (T, 4),
+labels.npy (T, C) and attributes.npy (T, A); image n has the rows offsets[n] to offsets[n + 1]
+(`vlpfast.regions.Regions`).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from vlpfast.data.tables import load_column
 from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
 
-_OPTIONAL = ("boxes", "labels")
+_OPTIONAL = ("boxes", "labels", "attributes")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class RegionTable:
     """Regions of the N samples of a source, in the order of its index.
 
     Attributes:
-        features (T, D), boxes (T, 4) or None, labels (T, C) or None: arrays on disk.
+        features (T, D), boxes (T, 4) or None, labels (T, C) or None, attributes (T, A) or None:
+            arrays on disk.
         offsets (N + 1,): int64.
     """
 
@@ -39,6 +42,7 @@ class RegionTable:
     offsets: np.ndarray
     boxes: np.ndarray | None
     labels: np.ndarray | None
+    attributes: np.ndarray | None
 
     @classmethod
     def open(cls, folder: Path, num_samples: int) -> RegionTable:
@@ -52,7 +56,8 @@ class RegionTable:
             if not (folder / f"{name}.npy").is_file():
                 raise FileNotFoundError(
                     f"{folder} holds no regions: {name}.npy is missing (features (T, D), offsets "
-                    "(N + 1,), and boxes (T, 4), labels (T, C) where the detector gives them)"
+                    "(N + 1,), and boxes (T, 4), labels (T, C), attributes (T, A) where the "
+                    "detector gives them)"
                 )
         arrays = {
             name: load_column(folder / f"{name}.npy")
@@ -70,12 +75,13 @@ class RegionTable:
         lens = self.offsets[rows + 1] - starts
         cu_seqlens = np.concatenate([[0], lens.cumsum()])
         ids = np.arange(cu_seqlens[-1]) + (starts - cu_seqlens[:-1]).repeat(lens)
-        features, boxes, labels = (
+        features, boxes, labels, attributes = (
             None if table is None else _tensor(table[ids])
-            for table in (self.features, self.boxes, self.labels)
+            for table in (self.features, self.boxes, self.labels, self.attributes)
         )
         offsets = torch.from_numpy(cu_seqlens.astype(np.int32))
-        return Regions(Ragged(features, offsets, int(lens.max(initial=0))), boxes, labels)
+        packed = Ragged(features, offsets, int(lens.max(initial=0)))
+        return Regions(packed, boxes, labels, attributes=attributes)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -98,6 +104,9 @@ def open_regions(index: Index, kind: str) -> RegionTable | None:
         return RegionTable.open(source.with_name(source.name + ".regions"), num_samples)
     folder = index.folder / "scene_regions"
     with locked(folder):
+        if folder.is_dir() and not (folder / "attributes.npy").is_file():
+            # Made by a version that wrote none.
+            shutil.rmtree(folder)
         if not folder.is_dir():
             _write_scene_regions(index, folder)
     return RegionTable.open(folder, num_samples)
@@ -112,8 +121,11 @@ def _write_scene_regions(index: Index, folder: Path) -> None:
         for row, record in enumerate(records):
             found = scene_regions(_scene(index, json.loads(record), infos))
             # The detectors that region models are trained on put background first.
-            labels = np.roll(found.soft_labels, 1, axis=1)
+            labels, attributes = (
+                np.roll(part, 1, axis=1) for part in (found.soft_labels, found.soft_attributes)
+            )
             parts = {"features": found.features, "boxes": found.boxes, "labels": labels}
+            parts["attributes"] = attributes
             count = len(found.features)
             for name, part in parts.items():
                 if name not in arrays:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlpfast.layers.drop_path import path_scale
 from vlpfast.layers.keys import KeyCache
 from vlpfast.ops.attention import attention
 from vlpfast.ops.bias_gelu import bias_gelu
@@ -212,6 +213,7 @@ class Block(nn.Module):
     The state that passes between blocks is (branch, residual): the last branch's output, not yet
         added, and the sum of all
     before it, so that sum and norm are one op. A post-norm block leaves the branch empty (None).
+    `drop_path` is the probability with which a sample goes without a branch, in training.
     """
 
     def __init__(
@@ -228,9 +230,10 @@ class Block(nn.Module):
         cross: bool = False,
         layer_scale: float = 0.0,
         mlp_between: bool = False,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.post_norm = norm == "post"
+        self.post_norm, self.drop_path = norm == "post", drop_path
         sub_norm_eps = norm_eps if norm == "sub" else None
         self.attention = SelfAttention(dim, heads, attention_dropout, layer_scale, sub_norm_eps)
         self.norm1 = ResidualNorm(dim, norm_eps, dropout)
@@ -262,12 +265,19 @@ class Block(nn.Module):
         branches.append((self.norm2, lambda x: self.feed_forward(x, layout, fold_seed(seed, 0))))
         for site, (norm, run) in enumerate(branches, start=3):
             if self.post_norm:
-                residual, _ = norm(run(residual), residual, fold_seed(seed, site))
+                out = self._keep(run(residual), layout, fold_seed(seed, site, 0))
+                residual, _ = norm(out, residual, fold_seed(seed, site))
             else:
                 x, rest = (residual, None) if branch is None else (branch, residual)
                 normed, residual = norm(x, rest, fold_seed(seed, site))
-                branch = run(normed)
+                branch = self._keep(run(normed), layout, fold_seed(seed, site, 0))
         return branch, residual
+
+    def _keep(self, branch: Tensor, layout: Layout, seed: int) -> Tensor:
+        """Stochastic depth on a branch's output."""
+        if not (self.training and self.drop_path):
+            return branch
+        return branch * path_scale(layout.cu_seqlens, branch, self.drop_path, seed)
 
     def feed_forward(self, x: Tensor, layout: Layout, seed: int) -> Tensor:
         """The MLP's branch."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlpfast.layers.block import Layout, Mlp, ResidualNorm, last_linear, self_attention
+from vlpfast.layers.drop_path import path_scale
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 
@@ -175,6 +176,8 @@ class ExpertBlock(nn.Module):
             norms too: only the attention's product is common (BEiT-3 as released).
         joint: one more MLP and norm, for both modalities where they meet (VLMo's last layers).
         norm: "pre", or "sub" for the norms of Magneto (see `Mlp`).
+        drop_path: probability with which a sample goes without a branch, in training; of "mome",
+            each of its two MLPs has a draw of its own, as VLMo's code.
 
     Source: Bao et al. 2022 (VLMo), section 3.2, arXiv:2111.02358; Wang et al. 2022 (BEiT-3),
     section 2.1, arXiv:2208.10442, and torchscale model/BEiT3.py, component/multiway_network.py.
@@ -195,8 +198,10 @@ class ExpertBlock(nn.Module):
         joint: bool = False,
         layer_scale: float = 0.0,
         key_bias: bool = True,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        self.drop_path, self.mlps_apart = drop_path, experts == "mome"
         multiway, sub_norm_eps = experts == "multiway", norm_eps if norm == "sub" else None
         self.attention = ExpertAttention(
             dim,
@@ -225,9 +230,28 @@ class ExpertBlock(nn.Module):
         """`wanted` as in `ExpertAttention.forward`."""
         normed, residual = expert_norm(self.norm1, branch, residual, layout, fold_seed(seed, 3))
         branch = self.attention(normed, layout, fold_seed(seed, 1), wanted)
+        branch = self._keep(branch, layout, fold_seed(seed, 5))
         residual = {m: residual[m] for m in branch}
         normed, residual = expert_norm(self.norm2, branch, residual, layout, fold_seed(seed, 4))
-        return {m: expert(self.mlp, m, layout)(x) for m, x in normed.items()}, residual
+        branch = {m: expert(self.mlp, m, layout)(x) for m, x in normed.items()}
+        joint = layout.joint and self.mlp.joint is not None
+        return self._keep(
+            branch, layout, fold_seed(seed, 6), self.mlps_apart and not joint
+        ), residual
+
+    def _keep(self, branch: Streams, layout: PairLayout, seed: int, apart: bool = False) -> Streams:
+        """Stochastic depth on a branch's outputs; `apart`: each stream for itself."""
+        if not (self.training and self.drop_path):
+            return branch
+        bounds, like = layout.sequences.cu_seqlens, next(iter(branch.values()))
+        count = like.shape[0] if layout.to_sequence is None else layout.to_sequence.shape[0]
+        tokens = like[:1].expand(count, -1)
+        kept = {}
+        for name, x in branch.items():
+            salt = fold_seed(seed, _SITES[name]) if apart else seed
+            scale = path_scale(bounds, tokens, self.drop_path, salt)
+            kept[name] = x * layout.split(scale, (name,))[name]
+        return kept
 
 
 def _part(make: Callable[[], nn.Module], split: bool) -> nn.Module:

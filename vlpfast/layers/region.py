@@ -146,17 +146,25 @@ class RegionHeads(nn.Module):
 
 
 class SharedRegionHeads(nn.Module):
-    """The same of hidden regions from one transform, by weights of their own; classes are those of
-    the detector without its background.
+    """The same of hidden regions from one transform, by weights of their own; classes, and with
+    `num_attributes` attributes, are those of the detector without its background.
 
     Source: airsplay/lxmert src/lxrt/modeling.py `BertVisualObjHead`.
     """
 
-    def __init__(self, dim: int, feature_dim: int, num_classes: int, norm_eps: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        feature_dim: int,
+        num_classes: int,
+        norm_eps: float,
+        num_attributes: int = 0,
+    ) -> None:
         super().__init__()
         self.dense, self.norm = nn.Linear(dim, dim), ResidualNorm(dim, norm_eps)
         self.feature = nn.Linear(dim, feature_dim)
         self.classes = nn.Linear(dim, num_classes - 1)
+        self.attributes = nn.Linear(dim, num_attributes - 1) if num_attributes else None
 
     def features(self, hidden: Tensor, embedding: nn.Module) -> Tensor:
         """(n, dim) -> (n, feature_dim)."""
@@ -165,6 +173,10 @@ class SharedRegionHeads(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, dim) -> (n, num_classes - 1)."""
         return self.classes(self._transform(hidden))
+
+    def attribute_logits(self, hidden: Tensor) -> Tensor:
+        """(n, dim) -> (n, num_attributes - 1)."""
+        return self.attributes(self._transform(hidden))
 
     def _transform(self, hidden: Tensor) -> Tensor:
         return self.norm(F.gelu(self.dense(hidden)))[0]

@@ -24,6 +24,13 @@ def check_model(model: ModelConfig) -> None:
             raise ValueError(
                 f"{name}.dim must be a multiple of {name}.heads {stack.heads}, got {stack.dim}"
             )
+        if not 0 <= stack.drop_path_rate < 1:
+            raise ValueError(f"{name}.drop_path_rate must be in [0, 1), got {stack.drop_path_rate}")
+    bare = {"fusion": model.fusion.kind == "co", "text": model.text.kind == "gru"}
+    for name, holds in bare.items():
+        if holds and getattr(model, name).drop_path_rate:
+            kind = getattr(model, name).kind
+            raise ValueError(f"{name}.drop_path_rate must be 0 for {name}.kind {kind!r}")
     if model.fusion.depth and model.fusion.dim != model.text.dim:
         raise ValueError(f"fusion.dim must equal text.dim {model.text.dim}, got {model.fusion.dim}")
     if model.joins_tokens and model.vision.dim != model.text.dim:
@@ -51,6 +58,13 @@ def check_model(model: ModelConfig) -> None:
     _check_sharing(model)
     if model.region_heads and model.vision.front != "regions":
         raise ValueError(f"region_heads needs vision.front 'regions', got {model.vision.front!r}")
+    if model.vision.region_attributes and model.vision.region_kind != "lxmert":
+        raise ValueError(
+            "vision.region_attributes needs vision.region_kind 'lxmert', "
+            f"got {model.vision.region_kind!r}"
+        )
+    if model.answers and not model.fusion.pooler:
+        raise ValueError("answers needs fusion.pooler True, got False")
     for name in ("image", "text"):
         dim = (model.vision if name == "image" else model.text).dim
         if model.embed_dim and not getattr(model, f"{name}_projection") and dim != model.embed_dim:

@@ -63,6 +63,8 @@ class ModelConfig:
         decoder: a causal decoder beside fusion, which is fusion but for self-attention of its own
             (BLIP).
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
+        answers: of how many answers it tells that of a question (LXMERT), 0: of none; training sets
+            it to the data's.
         codes: of how many codes it predicts those of hidden patches (BEiT), 0: of none; training
             sets it to the tokenizer's.
         color_head: whether it predicts the mean colour of hidden patches (ViLT's MPP).
@@ -85,6 +87,7 @@ class ModelConfig:
     lm_head: Literal["none", "linear", "tied"] = "none"
     decoder: bool = False
     region_heads: bool = False
+    answers: int = 0
     codes: int = 0
     color_head: bool = False
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
@@ -132,6 +135,8 @@ class ModelConfig:
             "region heads": self.region_heads,
             "a region feature head": self.region_heads and self.vision.region_kind != "vilbert",
             "a background class": self.region_heads and self.vision.region_kind != "lxmert",
+            "an attribute head": self.region_heads and self.vision.region_attributes > 0,
+            "an answer head": self.answers > 0,
             "a text tower": self.text.kind != "none",
             "a code head": self.codes > 0,
             "a color head": self.color_head,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlpfast.layers.block import ResidualNorm
+from vlpfast.layers.drop_path import path_rates
 from vlpfast.layers.experts import (
     ExpertBlock,
     Experts,
@@ -47,6 +48,7 @@ class ExpertTower(nn.Module):
             kinds = pair_displacements(side, length)
             self.relative_bias = RelativeBias(config.heads, *kinds, config.depth)
             self.first_word = 1 + side * side
+        rates = path_rates(config.drop_path_rate, config.depth)
         self.blocks = nn.ModuleList(
             ExpertBlock(
                 config.dim,
@@ -61,6 +63,7 @@ class ExpertTower(nn.Module):
                 layer_scale=config.layer_scale,
                 key_bias=config.key_bias,
                 joint=number >= self.fork,
+                drop_path=rates[number],
             )
             for number in range(config.depth)
         )

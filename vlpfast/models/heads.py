@@ -54,6 +54,23 @@ class TokenHead(nn.Module):
         return hidden if self.dense is None else self.norm(F.gelu(self.dense(hidden)))[0]
 
 
+class AnswerHead(nn.Module):
+    """Which of the data's answers is a question's: Linear to twice the width, GELU, LayerNorm,
+    Linear.
+
+    Source: airsplay/lxmert src/lxrt/modeling.py `BertVisualAnswerHead`.
+    """
+
+    def __init__(self, dim: int, num_answers: int, norm_eps: float) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(dim, 2 * dim), ResidualNorm(2 * dim, norm_eps)
+        self.answers = nn.Linear(2 * dim, num_answers)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(n, dim) -> (n, num_answers)."""
+        return self.answers(self.norm(F.gelu(self.dense(pooled)))[0])
+
+
 class JointHeads(nn.Module):
     """The second pair of projections into a joint space, and its scale (VLMo)."""
 
@@ -95,12 +112,17 @@ class Heads(nn.Module):
             if config.mlm_head
             else None
         )
+        known = vision.region_attributes
+        attributes = {"num_attributes": known} if known else {}
         self.region_heads = (
             REGION_HEADS[vision.region_kind](
-                vision.dim, vision.region_dim, vision.region_classes, fusion.norm_eps
+                vision.dim, vision.region_dim, vision.region_classes, fusion.norm_eps, **attributes
             )
             if config.region_heads
             else None
+        )
+        self.answer_head = (
+            AnswerHead(width, config.answers, fusion.norm_eps) if config.answers else None
         )
         self.code_head = nn.Linear(vision.dim, config.codes) if config.codes else None
         # 256 values of each of three channels.
@@ -142,6 +164,7 @@ class Heads(nn.Module):
             self.pooler,
             self.image_pooler,
             self.region_heads,
+            self.answer_head,
             self.code_head,
             self.lm_head,
             self.fusion.project if self.config.shared else None,
@@ -225,6 +248,19 @@ class Heads(nn.Module):
         """
         self._need(self.region_heads, "region heads")
         return full(self.region_heads.logits(hidden))
+
+    def attribute_logits(self, hidden: Tensor) -> Tensor:
+        """Attribute logits (n, region_attributes - 1) of hidden regions from their fused tokens
+        (n, D).
+        """
+        if "an attribute head" not in self.config.parts:
+            raise ValueError(missing(self.config.preset, "an attribute head"))
+        return full(self.region_heads.attribute_logits(hidden))
+
+    def answer_logits(self, first_tokens: Tensor) -> Tensor:
+        """Logits (R, answers) of the answers to questions, from their first fused tokens (R, D)."""
+        self._need(self.answer_head, "an answer head")
+        return full(self.answer_head(self.pool(first_tokens)))
 
     def patches(self, tokens: Tensor) -> Tensor:
         """Of image tokens (B, N, D) those of patches, (B, P, D)."""

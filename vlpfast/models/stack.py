@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlpfast.layers.block import Block, ResidualNorm
+from vlpfast.layers.drop_path import path_rates
 from vlpfast.layers.moe import MoeBlock
 from vlpfast.models.config import StackConfig
 from vlpfast.ops.seed import fold_seed
@@ -18,8 +19,15 @@ _EXPERT = re.compile(r"\.(text|image|joint)(?=\.)")
 
 
 def make_blocks(
-    config: StackConfig, *, cross: bool = False, mlp_between: bool = False
+    config: StackConfig,
+    *,
+    cross: bool = False,
+    mlp_between: bool = False,
+    first: int = 0,
+    of: int = 0,
 ) -> nn.ModuleList:
+    """`first` and `of` as `path_rates`."""
+    rates = path_rates(config.drop_path_rate, config.depth, first, of)
     experts = getattr(config, "moe_experts", 0)
     routed = {"num_experts": experts, "top_k": config.moe_top_k} if experts else {}
     return nn.ModuleList(
@@ -35,6 +43,7 @@ def make_blocks(
             cross=cross,
             layer_scale=config.layer_scale,
             mlp_between=mlp_between,
+            drop_path=rates[number],
             **(routed if number % 2 == 0 else {}),
         )
         for number in range(config.depth)

@@ -22,6 +22,8 @@ class StackConfig:
             on attention weights.
         layer_scale: first value of a learned factor of each channel of each branch (LayerScale);
             0: none.
+        drop_path_rate: probability with which training leaves a branch of the last block out for a
+            sample; from 0 at the first block it rises linearly (stochastic depth).
     """
 
     dim: int
@@ -34,6 +36,7 @@ class StackConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     layer_scale: float = 0.0
+    drop_path_rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class VisionConfig(StackConfig):
         region_kind: how regions are embedded and what predicts hidden ones: as "uniter" (feature
             and box normalised, then their sum), as "lxmert" (their mean, boxes of 4 numbers), or as
             "vilbert" (the sum normalised, the whole image before the regions); `layers.region`.
+        region_attributes: attributes that the detector tells of regions, none among them, which the
+            heads of kind "lxmert" predict too; 0: none.
         embed_norm: LayerNorm between the embeddings and the first block (CLIP's `pre_layrnorm`).
         position: "learned", fixed 2-D "sincos" (FLIP, MAE), or "none" (BEiT, with relative_bias).
         relative_bias: a learned bias of attention for each head and displacement between patches
@@ -97,6 +102,7 @@ class VisionConfig(StackConfig):
     region_classes: int = 0
     num_queries: int = 0
     region_kind: Literal["uniter", "lxmert", "vilbert"] = "uniter"
+    region_attributes: int = 0
 
     @property
     def region_offset(self) -> int:

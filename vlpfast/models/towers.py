@@ -66,7 +66,10 @@ class VisionTower(nn.Module):
         self.blocks = make_blocks(config)
         self.norm = final_norm(config)
         self.early_layers = config.early_layers
-        self.head_blocks = make_blocks(replace(config, depth=config.head_layers))
+        early, head = config.early_layers, config.head_layers
+        self.head_blocks = make_blocks(
+            replace(config, depth=head), first=early, of=max(config.depth, early + head)
+        )
         queries = lambda count: QueryPooler(config.dim, config.heads, count, config.norm_eps)
         self.queries = queries(config.num_queries) if config.num_queries else None
         self.pooler = queries(1) if config.pool == "cascade" else None

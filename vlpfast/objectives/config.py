@@ -19,6 +19,8 @@ OBJECTIVES = (
     "mrfr",
     "mrc",
     "mrckl",
+    "mra",
+    "qa",
     "mim",
     "mvm",
     "mpp",
@@ -26,7 +28,7 @@ OBJECTIVES = (
     "classify",
 )
 # What `masking` "together" serves.
-TOGETHER = {"itm", "mlm", "mrfr", "mrc", "mrckl"}
+TOGETHER = {"itm", "mlm", "mrfr", "mrc", "mrckl", "mra", "qa"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class ObjectivesConfig:
             also in the first `hinge_sum_steps` all count: from random weights the hardest alone
             draw all embeddings to one point.
         itm: image-text matching. `itm_negatives` "hard": one hard negative image and one hard
-            negative text per pair; "random": half of the pairs get another image of the batch.
+            negative text per pair, of the rank's; "hard-global": of the pairs of all ranks (BLIP's
+            retrieval, VLMo); "random": half of the pairs get another image of the batch.
         mlm: masked language modelling on the text that reads its image; with `mlm_causal` a word
             sees earlier words only, and an image no words (BEiT-3's captioning).
         mtm: masked text modelling: the same on texts alone, `mtm_probability` of whose tokens are
@@ -53,6 +56,9 @@ class ObjectivesConfig:
         mrfr, mrc, mrckl: hidden regions' features, classes, and class distributions.
             `mrm_probability` is the share of regions hidden, `mrm_reduction` what features and
             distributions are averaged over (`objectives.regions`).
+        mra: regions' attributes by confidence, as `mrc` with `mrc_weighted` (LXMERT).
+        qa: which of the data's answers answers the question that the text is, where it is one and
+            the image is its own; with `masking` "together" (LXMERT; `data.answers`).
         mrfr_loss: "mse" (UNITER) or "smooth_l1" (LXMERT).
         mrc_weighted: each region's class counts by the detector's confidence in it (LXMERT), with
             `mrm_reduction` "code" also of regions that are not hidden.
@@ -93,6 +99,8 @@ class ObjectivesConfig:
     mrfr: float = 0.0
     mrc: float = 0.0
     mrckl: float = 0.0
+    mra: float = 0.0
+    qa: float = 0.0
     mtm: float = 0.0
     mtm_probability: float = 0.15
     mlm_causal: bool = False
@@ -106,7 +114,7 @@ class ObjectivesConfig:
     commitment: float = 1.0
     guide: str = ""
     classify: float = 0.0
-    itm_negatives: Literal["hard", "random"] = "hard"
+    itm_negatives: Literal["hard", "hard-global", "random"] = "hard"
     wra_tokens: Literal["all", "inner"] = "all"
     mrm_probability: float = 0.15
     mrm_reduction: Literal["paper", "code"] = "code"
@@ -128,7 +136,7 @@ class ObjectivesConfig:
                 raise ValueError(f"objectives.{name} must be >= 0, got {getattr(self, name)}")
         if not self.weights:
             raise ValueError(f"objectives: at least one of {', '.join(OBJECTIVES)} must be > 0")
-        if self.itm and self.itm_negatives == "hard" and not self.itc:
+        if self.itm and self.itm_negatives != "random" and not self.itc:
             raise ValueError(
                 "objectives.itm draws its negatives from itc's similarities: set objectives.itc > 0"
                 " or objectives.itm_negatives 'random'"
@@ -151,6 +159,11 @@ class ObjectivesConfig:
             raise ValueError(
                 f"objectives.masking 'together' is one row of each pair, for {sorted(TOGETHER)}; "
                 f"{', '.join(others) or 'a teacher (objectives.momentum)'} needs 'apart'"
+            )
+        if self.qa and self.masking != "together":
+            raise ValueError(
+                "objectives.qa reads the rows of objectives.masking 'together', "
+                f"got {self.masking!r}"
             )
         mixed = {name for name, _ in self.mix}
         if self.mix and mixed != self.weights.keys() - {"wra"}:
@@ -187,7 +200,7 @@ class ObjectivesConfig:
     @property
     def masks_regions(self) -> bool:
         """Whether an objective predicts hidden regions."""
-        return bool(self.mrfr or self.mrc or self.mrckl)
+        return bool(self.mrfr or self.mrc or self.mrckl or self.mra)
 
     @property
     def hides_patches(self) -> bool:

@@ -33,6 +33,27 @@ def matched_pairs(passes: Passes) -> Tensor:
     return ids[passes.mixed_image] == ids
 
 
+def qa(passes: Passes) -> Loss:
+    """Which answer is that of the question that the text is, from the pooled first token: its
+    cross-entropy over the texts that have one and are shown their own image. `metrics` gets their
+    accuracy.
+
+    Source: Tan & Bansal 2019 (LXMERT), section 3.1.3, arXiv:1908.07490; airsplay/lxmert
+    src/pretrain/lxmert_pretrain.py, `convert_example_to_features`.
+    """
+    labels = passes.batch.answer_ids
+    if labels is None:
+        raise ValueError("objectives.qa needs questions with answers: set data.tasks, data.answers")
+    if passes.mixed_image is not None:
+        labels = torch.where(matched_pairs(passes), labels, -100)
+    text = passes.fused.text
+    logits = passes.model.answer_logits(text.values[text.first()])
+    asked = labels != -100
+    right = (logits.argmax(1) == labels).sum()
+    passes.metrics["qa_accuracy"] = right / asked.sum().clamp(min=1)
+    return F.cross_entropy(logits, labels, reduction="sum"), asked.sum()
+
+
 def mixed_images(batch: Batch, seed: int) -> Tensor:
     """(B,) the image that random matching shows with each text: its own, or for half of them any
     other of the batch (UNITER, ViLT), which is still a match where both show the same.

@@ -26,7 +26,8 @@ Loss = tuple[Tensor, Tensor]
 class Encoded:
     """What the towers of `model` made of a batch: images (B), then masked images (B), clean texts
     (B), then those masked (B) and masked for reading without images (B), of these what the plan
-    has, and the images' keys where it fuses.
+    has, and the images' keys where it fuses. Where negatives come from other ranks, those texts
+    and images follow (`objectives.negatives`).
     """
 
     model: VLPModel
@@ -97,7 +98,8 @@ def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: 
         hidden=hidden,
         num_embedded=len(batch) if plan.embed_image else 0,
     )
-    keys = model.image_keys(image.tokens) if plan.fusion or plan.decodes else None
+    read = (plan.fusion or plan.decodes) and not plan.fetches
+    keys = model.image_keys(image.tokens) if read else None
     if not plan.text:
         return Encoded(model, image, None, keys)
     texts = [batch.text]

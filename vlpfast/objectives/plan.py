@@ -38,6 +38,8 @@ class Plan:
         masked_text: the text tower also reads the masked texts, in the same call.
         fusion: groups of rows of the one fusion call; empty where no objective needs fusion.
         hard_negatives: the contrastive loss also draws hard negatives.
+        fetches: hard negatives are of all ranks: B texts and B images come from where they are
+            (`objectives.negatives`).
         decodes: the text decoder reads the images too.
         masked_image: the image tower also reads the images with hidden regions or patches, in the
             same call.
@@ -62,11 +64,14 @@ class Plan:
     causal: bool = False
     decodes: bool = False
     together: bool = False
+    fetches: bool = False
 
     @classmethod
-    def of(cls, config: ObjectivesConfig, *, one_stack: bool = False) -> Plan:
+    def of(
+        cls, config: ObjectivesConfig, *, one_stack: bool = False, over_ranks: bool = False
+    ) -> Plan:
         """The passes that the enabled objectives need; `one_stack` says whether one modality's
-        tower is the fusion's stack.
+        tower is the fusion's stack, `over_ranks` whether there are other ranks.
         """
         if config.masking == "together":
             return cls(
@@ -78,7 +83,8 @@ class Plan:
                 embed_text=False,
                 together=True,
             )
-        hard = bool(config.itm) and config.itm_negatives == "hard"
+        hard = bool(config.itm) and config.itm_negatives != "random"
+        over_all = hard and config.itm_negatives == "hard-global"
         matching = (Rows.MATCHED, Rows.NEGATIVE_IMAGE, Rows.NEGATIVE_TEXT) if hard else ()
         if config.itm and not hard:
             matching = (Rows.MIXED,)
@@ -93,7 +99,7 @@ class Plan:
         return cls(
             masked_text=bool(config.mlm),
             fusion=matching + masked + hidden + alone,
-            hard_negatives=hard,
+            hard_negatives=hard and not over_all,
             masked_image=config.masks_regions or config.hides_patches,
             text=text,
             clean_image=text or bool(config.vqkd),
@@ -102,6 +108,7 @@ class Plan:
             embed_text=contrast,
             causal=bool(config.mlm) and config.mlm_causal,
             decodes=bool(config.lm),
+            fetches=over_all and over_ranks,
         )
 
     def fusion_rows(
@@ -115,15 +122,14 @@ class Plan:
         """For every fusion row: the text sequence it holds and the image it reads, (R,) int64 each.
 
         Texts and images are numbered as their calls pack them: B clean ones, then B masked ones,
-        then the B texts masked for modelling without images; the number after the last stands for
-        none.
+        then the B texts masked for modelling without images; then those of other ranks, B each;
+        the number after the last stands for none.
         `hard_text` (B,) is each image's negative text, `hard_image` (B,) each text's negative
         image, `mixed_image` (B,) the image of random matching.
         """
         own = torch.arange(batch_size, device=device)
-        num_texts = self.text * (1 + self.masked_text + self.masked_alone)
-        no_text = torch.full_like(own, batch_size * num_texts)
-        no_image = torch.full_like(own, batch_size * (self.clean_image + self.masked_image))
+        no_text = torch.full_like(own, batch_size * (self.num_texts + self.fetches))
+        no_image = torch.full_like(own, batch_size * (self.num_images + self.fetches))
         masked_image = own + batch_size * self.clean_image
         rows = {
             Rows.MATCHED: (own, own),
@@ -138,6 +144,16 @@ class Plan:
         }
         texts, images = zip(*(rows[group] for group in self.fusion), strict=True)
         return torch.cat(texts), torch.cat(images)
+
+    @property
+    def num_texts(self) -> int:
+        """How many times B texts the text tower reads."""
+        return self.text * (1 + self.masked_text + self.masked_alone)
+
+    @property
+    def num_images(self) -> int:
+        """How many times B images the image tower reads."""
+        return self.clean_image + self.masked_image
 
     @property
     def reads_alone(self) -> bool:

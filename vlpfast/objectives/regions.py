@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -40,11 +41,30 @@ def mrc(passes: Passes) -> Loss:
     """Masked region classification."""
     if not passes.config.mrc_weighted:
         return class_loss(*_hidden_classes(passes))
+    return _by_confidence(passes, passes.model.region_logits, _labels(passes))
+
+
+def mra(passes: Passes) -> Loss:
+    """Masked region attributes: as `mrc` by confidence, of the attributes that the detector tells.
+
+    Source: as `weighted_class_loss`.
+    """
+    attributes = passes.shown_regions.attributes
+    if attributes is None:
+        raise ValueError(
+            "objectives.mra needs the detector's distributions of attributes (attributes.npy), "
+            "and the regions have none"
+        )
+    return _by_confidence(passes, passes.model.attribute_logits, attributes)
+
+
+def _by_confidence(passes: Passes, logits_of: Callable[[Tensor], Tensor], labels: Tensor) -> Loss:
+    """`weighted_class_loss` of what `logits_of` makes of fused tokens, labels (T, C) of all."""
     if passes.config.mrm_reduction == "paper":
-        return weighted_class_loss(*_hidden_classes(passes))
-    labels = _labels(passes)
+        hidden, tokens = _hidden(passes)
+        return weighted_class_loss(logits_of(tokens), labels[hidden])
     every = torch.arange(labels.shape[0], device=labels.device)
-    logits = passes.model.region_logits(_region_tokens(passes, every))
+    logits = logits_of(_region_tokens(passes, every))
     return weighted_class_loss(logits, labels, passes.config.mrm_probability)
 
 
@@ -198,7 +218,8 @@ def _foreground(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if lacking not in (0, 1):
         raise ValueError(
             f"regions.labels must have {logits.shape[1]} classes, or one more of background, "
-            f"got {labels.shape[1]}: set model.vision.region_classes to the detector's"
+            f"got {labels.shape[1]}: set model.vision.region_classes (for regions.attributes, "
+            "model.vision.region_attributes) to the detector's"
         )
     confidence, target = labels[:, BACKGROUND + 1 :].float().max(1)
     return confidence, target + BACKGROUND + 1 - lacking

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from vlpfast.data.batch import Batch
 from vlpfast.models.vlp import VLPModel
-from vlpfast.objectives import codes, contrast, language, matching, regions, similarity
+from vlpfast.objectives import (
+    codes,
+    contrast,
+    language,
+    matching,
+    negatives,
+    regions,
+    similarity,
+)
 from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.objectives.passes import Encoded, Loss, Passes, encode, fuse
 from vlpfast.objectives.plan import Plan, Rows
@@ -27,6 +35,8 @@ _AFTER_FUSION = {
     "mrfr": regions.mrfr,
     "mrc": regions.mrc,
     "mrckl": regions.mrckl,
+    "mra": regions.mra,
+    "qa": matching.qa,
     "mim": codes.mim,
     "mvm": codes.mvm,
     "mpp": codes.mpp,
@@ -96,6 +106,8 @@ class PretrainStep(nn.Module):
             (model.match_head, bool(config.itm)),
             (model.token_head, words),
             (model.region_heads, config.masks_regions),
+            (getattr(model.region_heads, "attributes", None), bool(config.mra)),
+            (model.answer_head, bool(config.qa)),
             (model.code_head, bool(config.mim or config.mvm)),
             (model.color_head, bool(config.mpp)),
         )
@@ -113,8 +125,9 @@ class PretrainStep(nn.Module):
         Args:
             batch: with `masked_text` and `mlm_labels` where MLM is enabled, `masked_alone` and
                 `alone_labels` where masked text modelling is, with `regions` where the model reads
-                them, `masked_regions` where hidden ones are predicted, `hidden_patches` for MIM,
-                MVM and MPP, `codes` for the first two, `features` for VQ-KD.
+                them, `masked_regions` where hidden ones are predicted, `answer_ids` for QA,
+                `hidden_patches` for MIM, MVM and MPP, `codes` for the first two, `features` for
+                VQ-KD.
             seed: keys dropout and hard negatives; the caller varies it by step and rank.
             step: optimizer step, for the ramp of alpha, the end of patch dropping and the choice of
                 objective.
@@ -135,6 +148,9 @@ class PretrainStep(nn.Module):
             losses["hinge"] = contrast.hinge(passes)
         if config.classify:
             losses["classify"] = similarity.classify(passes)
+        if config.itm and config.itm_negatives == "hard-global":
+            key = fold_seed(self.seed, 4, step)
+            passes, hard_text, hard_image = negatives.over_ranks(passes, key)
         if plan.fusion:
             passes = replace(passes, fused=fuse(passes, hard_text, hard_image))
         if config.itm:
@@ -163,7 +179,8 @@ class PretrainStep(nn.Module):
 
     def _passes(self, batch: Batch, config: ObjectivesConfig, seed: int, step: int) -> Passes:
         """The towers' passes."""
-        plan = Plan.of(config, one_stack=self.model.config.one_stack)
+        one_stack, over_ranks = self.model.config.one_stack, self.group is not None
+        plan = Plan.of(config, one_stack=one_stack, over_ranks=over_ranks)
         alpha = config.alpha_at(step)
         kept = self._kept_patches(batch, step)
         mixed = bool(config.itm) and config.itm_negatives == "random"

@@ -18,6 +18,8 @@ NEEDS = {
     "mrfr": ("region heads", "a region feature head"),
     "mrc": ("region heads",),
     "mrckl": ("region heads", "a background class"),
+    "mra": ("region heads", "an attribute head"),
+    "qa": ("a fusion tower", "an answer head"),
     "mtm": ("one stack for both", "a token head"),
     "lm": ("a text decoder",),
     "mim": ("a code head",),

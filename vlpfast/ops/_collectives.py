@@ -44,6 +44,22 @@ def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -
     return _GatherRows.apply(rows, tuple(counts), group)
 
 
+def exchange_rows(
+    rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Rows of this rank to others, and theirs to this one; gradients go the same ways back.
+
+    Args:
+        rows (sum(sent), ...): those for the first rank, then those for the second, and so on.
+        sent, received: how many go to each rank, and how many each one has for this.
+        group: the ranks, all of which make this call.
+
+    Returns:
+        (sum(received), ...), those of the first rank first.
+    """
+    return _ExchangeRows.apply(rows, list(sent), list(received), group)
+
+
 def start_gather(
     rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup
 ) -> Callable[[], Tensor]:
@@ -69,6 +85,26 @@ def pad_rows(rows: Tensor, count: int) -> Tensor:
     padded = rows.new_zeros(count, *rows.shape[1:])
     padded[: rows.shape[0]] = rows
     return padded
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _swap(rows, sent, received, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _swap(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _swap(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
+    return out
 
 
 class _GatherRows(torch.autograd.Function):

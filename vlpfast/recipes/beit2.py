@@ -47,8 +47,8 @@ def base() -> RunConfig:
     """The published pre-training on ImageNet-1k, the short one: 300 epochs, 16 GPUs of 128 images,
     75 of 196 patches hidden.
 
-    Source: microsoft/unilm beit2/PRETRAINING.md; for decay and least rate
-    run_beitv2_pretraining.py.
+    Source: microsoft/unilm beit2/PRETRAINING.md, which has no stochastic depth in the short one;
+    for decay and least rate run_beitv2_pretraining.py.
     """
     return RunConfig(
         name="beit2_base",
@@ -68,9 +68,23 @@ def base() -> RunConfig:
     )
 
 
+def base_long() -> RunConfig:
+    """The published long pre-training: 1,600 epochs, with stochastic depth. Source: as `base`."""
+    config = base()
+    vision = replace(config.model.vision, drop_path_rate=0.1)
+    return replace(
+        config,
+        name="beit2_base_long",
+        model=replace(config.model, vision=vision),
+        optim=replace(config.optim, beta2=0.999),
+        train=replace(config.train, epochs=1600),
+    )
+
+
 RECIPES = {
     "tiny": partial(compact, "tiny"),
     "small": partial(compact, "small"),
     "base": base,
+    "base_long": base_long,
     "scenes": scenes,
 }

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from vlpfast.data.config import DataConfig
+from vlpfast.models.config import ModelConfig
 from vlpfast.models.presets import preset_config
 from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.recipes import clip
@@ -24,6 +25,10 @@ def _pretraining(size: str, **text) -> dict:
         "model": preset_config("beit3", size, embed_dim=0, **text),
         "objectives": OBJECTIVES,
     }
+
+
+def _drop_paths(model: ModelConfig, rate: float) -> ModelConfig:
+    return replace(model, fusion=replace(model.fusion, drop_path_rate=rate))
 
 
 def compact(size: str) -> RunConfig:
@@ -83,12 +88,12 @@ def base() -> RunConfig:
     images, texts.
 
     Source: Wang et al. 2022, arXiv:2208.10442, section 2.3 and table 11; no pre-training code was
-    published. Here images, texts and pairs all come from the pairs, and there is no stochastic
-    depth.
+    published. Here images, texts and pairs all come from the pairs.
     """
+    parts = _pretraining("base")
     return RunConfig(
         name="beit3_base",
-        **_pretraining("base"),
+        **parts | {"model": _drop_paths(parts["model"], 0.1)},
         data=DataConfig(path="", max_tokens=64, vocab_size=64010, crop_scale=(0.5, 1.0), hflip=0.5),
         optim=OptimConfig(
             lr=1e-3, wd=0.05, beta2=0.98, eps=1e-6, warmup=10_000, grad_clip_norm=3.0
@@ -125,7 +130,9 @@ def base_retrieval() -> RunConfig:
     return replace(
         config,
         name="beit3_base_retrieval",
-        model=preset_config("beit3", "base", image_size=384, mlm_head=False, codes=0),
+        model=_drop_paths(
+            preset_config("beit3", "base", image_size=384, mlm_head=False, codes=0), 0.2
+        ),
         objectives=ObjectivesConfig(itc=1.0),
         optim=replace(config.optim, lr=2e-4, beta2=0.999, eps=1e-8, warmup=500),
         train=TrainConfig(batch_size=192, epochs=15, precision="amp_bf16"),

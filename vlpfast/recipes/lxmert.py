@@ -24,6 +24,8 @@ OBJECTIVES = ObjectivesConfig(
     mrc_weighted=True,
     masking="together",
 )
+# With the attributes of regions and the answers to questions.
+ALL = replace(OBJECTIVES, mra=1.0, qa=1.0)
 
 
 def compact(size: str, *, preset: str = "lxmert", objectives: ObjectivesConfig) -> RunConfig:
@@ -63,12 +65,28 @@ def scenes(
     )
 
 
+def scenes_answers(*, steps: int = 1000) -> RunConfig:
+    """`scenes` with all published objectives: half of the texts are questions, and regions' sizes
+    and textures are told too.
+    """
+    config = scenes(objectives=ALL, steps=steps)
+    vision = replace(config.model.vision, region_attributes=7)
+    return replace(
+        config,
+        name="lxmert_scenes_answers",
+        model=replace(config.model, vision=vision),
+        data=replace(config.data, tasks=("caption", "vqa"), answers=100),
+    )
+
+
 def base() -> RunConfig:
     """The released pre-training: 12 epochs of COCO and Visual Genome in batches of 256; a twentieth
     of the 430,000 steps warms up, the rate then falls linearly (here by a cosine).
 
-    Deviations: every hidden region's feature is zero (there 80 %, and 10 % are another region's),
-    and neither attributes nor answers are predicted.
+    Half of the texts are questions, of the 9,500 most frequent answers; records hold them as
+    `questions`. There, as many are questions as the data sets have.
+
+    Deviation: every hidden region's feature is zero (there 80 %, and 10 % are another region's).
 
     Source: Tan & Bansal 2019, arXiv:1908.07490, section 3.3; airsplay/lxmert
     run/lxmert_pretrain.bash, src/pretrain/lxmert_pretrain.py.
@@ -76,8 +94,15 @@ def base() -> RunConfig:
     return RunConfig(
         name="lxmert_base",
         model=preset_config("lxmert", "base"),
-        objectives=OBJECTIVES,
-        data=DataConfig(path="", regions="files", max_tokens=20, vocab_size=30522),
+        objectives=ALL,
+        data=DataConfig(
+            path="",
+            regions="files",
+            max_tokens=20,
+            vocab_size=30522,
+            tasks=("caption", "vqa"),
+            answers=9500,
+        ),
         optim=OptimConfig(
             lr=1e-4, wd=0.01, beta2=0.999, eps=1e-6, warmup=21_500, grad_clip_norm=1.0
         ),
@@ -90,4 +115,5 @@ RECIPES = {
     "small": partial(compact, "small", objectives=OBJECTIVES),
     "base": base,
     "scenes": scenes,
+    "scenes_answers": scenes_answers,
 }

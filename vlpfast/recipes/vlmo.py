@@ -88,15 +88,15 @@ def images(config: RunConfig) -> RunConfig:
 
 
 def base() -> RunConfig:
-    """The published last stage: 200,000 steps of 1,024 pairs. Deviations: no stochastic depth (0.1
-    there), and hard negatives are of the rank's pairs, not of all.
+    """The published last stage: 200,000 steps of 1,024 pairs.
 
     Source: microsoft/unilm vlmo/config.py `task_mlm_itm_itc_base`, `step200k` and vlmo/README.md.
     """
+    model = preset_config("vlmo", "base", codes=0)
     return RunConfig(
         name="vlmo_base",
-        model=preset_config("vlmo", "base", codes=0),
-        objectives=OBJECTIVES,
+        model=replace(model, fusion=replace(model.fusion, drop_path_rate=0.1)),
+        objectives=replace(OBJECTIVES, itm_negatives="hard-global"),
         data=DataConfig(path="", max_tokens=40, vocab_size=30522, crop_scale=(0.5, 1.0)),
         optim=OptimConfig(
             lr=2e-4, wd=0.01, beta2=0.98, eps=1e-8, warmup=2_500, no_decay=("relative_bias",)

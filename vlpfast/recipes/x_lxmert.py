@@ -49,7 +49,7 @@ def base() -> RunConfig:
         name="x_lxmert_base",
         model=lxmert.preset_config("x-lxmert", "base"),
         objectives=OBJECTIVES,
-        data=replace(config.data, regions=""),
+        data=replace(config.data, regions="", tasks=(), answers=0),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from vlpfast.config import to_dict
+from vlpfast.data.answers import open_answers
 from vlpfast.data.batch import Batch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
@@ -60,7 +61,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
             index = open_index(config.data)
             tokenizer = open_tokenizer(config, index, resume)
         guide = Guide.open(config.objectives, world.device)
-        config = fit_parts(config, tokenizer, guide)
+        config = fit_parts(fit_answers(config, index), tokenizer, guide)
         seed = config.train.seed
         # Only the initial weights are drawn from the global generator.
         torch.manual_seed(seed)
@@ -156,6 +157,15 @@ def open_tokenizer(config: RunConfig, index: Index, resume: str | None) -> Token
     return make_tokenizer(config.data, index)
 
 
+def fit_answers(config: RunConfig, index: Index) -> RunConfig:
+    """The config with the model's answers set to the data's, where it learns to tell them."""
+    data = config.data
+    if not (config.objectives.qa and data.answers):
+        return config
+    found = len(open_answers(index, data.tasks, data.answers))
+    return replace(config, model=replace(config.model, answers=found))
+
+
 def fit_parts(config: RunConfig, tokenizer: Tokenizer, guide: Guide | None = None) -> RunConfig:
     """The config with the model's vocabulary set to the tokenizer's and the model's task tokens,
     and its codes or the width of its targets to the guide's.
@@ -174,7 +184,7 @@ def fit_parts(config: RunConfig, tokenizer: Tokenizer, guide: Guide | None = Non
             f"data.max_tokens must be <= model.text.context_length {text.context_length}, "
             f"got {config.data.max_tokens}"
         )
-    together = config.model.fusion.kind != "seq2seq"
+    together = config.model.fusion.kind != "seq2seq" and not config.data.answers
     if config.data.tasks and together and 2 * config.data.max_tokens > text.context_length:
         raise ValueError(
             "data.max_tokens is of prompt and text each, which share model.text.context_length "

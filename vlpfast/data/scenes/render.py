@@ -160,12 +160,14 @@ class Regions(NamedTuple):
         boxes (R, 4): float32 normalised (x1, y1, x2, y2).
         soft_labels (R, C): float32 class distribution: (shape, color) `COMBINATIONS`, background.
         sources (R,): int64 object of each region, -1 for background: the truth, not an input.
+        soft_attributes (R, A): float32 distribution of (size, texture), size by size, background.
     """
 
     features: np.ndarray
     boxes: np.ndarray
     soft_labels: np.ndarray
     sources: np.ndarray
+    soft_attributes: np.ndarray
 
 
 @cache
@@ -181,7 +183,7 @@ def regions(
     """Noisy regions of a scene, a function of its truth and its (seed, split, number).
 
     features = one_hots @ fixed projection + noise / sqrt(dim) * normal
-    soft_labels = softmax(4 * one_hot(class) + noise * normal)
+    soft_labels = softmax(4 * one_hot(class) + noise * normal); soft_attributes alike
     Every object has one region with a jittered box; the others are background at random places.
     The order is random.
 
@@ -208,21 +210,25 @@ def regions(
     table = _embedding(dim)
     hot = np.zeros((num_regions, len(table)))
     logits = np.zeros((num_regions, NUM_CLASSES))
+    attributes = np.zeros((num_regions, len(SIZES) * len(TEXTURES) + 1))
     for r, source in enumerate(sources):
         if source < 0:
             hot[r, -1] = 1
-            logits[r, -1] = 4
+            logits[r, -1] = attributes[r, -1] = 4
             continue
         o = scene.objects[source]
         shape, color = SHAPES.index(o.shape), COLORS.index(o.color)
         size, texture = SIZES.index(o.size), TEXTURES.index(o.texture)
         hot[r, [shape, 8 + color, 16 + size, 18 + texture]] = 1
         logits[r, shape * 8 + color] = 4
+        attributes[r, size * len(TEXTURES) + texture] = 4
         boxes[r] = o.box
     boxes += (sources >= 0)[:, None] * rng.standard_normal((num_regions, 4)) * noise / GRID
     features = hot @ table + rng.standard_normal((num_regions, dim)) * noise / math.sqrt(dim)
-    logits += rng.standard_normal(logits.shape) * noise
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    soft_labels = weights / weights.sum(axis=1, keepdims=True)
-    as_float = [a.astype(np.float32) for a in (features, boxes.clip(0, 1), soft_labels)]
-    return Regions(*as_float, sources)
+    soft = []
+    for each in (logits, attributes):
+        each += rng.standard_normal(each.shape) * noise
+        weights = np.exp(each - each.max(axis=1, keepdims=True))
+        soft.append((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))
+    as_float = [a.astype(np.float32) for a in (features, boxes.clip(0, 1))]
+    return Regions(*as_float, soft[0], sources, soft[1])

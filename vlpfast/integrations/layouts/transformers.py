@@ -259,6 +259,24 @@ def lxmert(config: ModelConfig) -> Layout:
         "region_heads.classes.{k}": "obj_predict_head.decoder_dict.obj.{k}",
         "region_heads.feature.{k}": "obj_predict_head.decoder_dict.feat.{k}",
     }
+    unused = [
+        ("cls.predictions.decoder.weight", "the token table, which is there twice"),
+        _POSITION_IDS,
+    ]
+    attributes = {"region_heads.attributes.{k}": "obj_predict_head.decoder_dict.attr.{k}"}
+    answers = {
+        "answer_head.dense.{k}": "answer_head.logit_fc.0.{k}",
+        "answer_head.norm.{k}": "answer_head.logit_fc.2.{k}",
+        "answer_head.answers.{k}": "answer_head.logit_fc.3.{k}",
+    }
+    if config.vision.region_attributes:
+        names |= attributes
+    else:
+        unused.append(("obj_predict_head.decoder_dict.attr.*", "vision.region_attributes is 0"))
+    if config.answers:
+        names |= answers
+    else:
+        unused.append(("answer_head.*", "answers is 0"))
     rules = [
         *rules_of(names),
         *stack_of(_BERT_BLOCK, "text", "lxmert.encoder.layer", config.text.depth),
@@ -269,13 +287,7 @@ def lxmert(config: ModelConfig) -> Layout:
         rules += rules_of(_LXMERT_CROSS, f"{here}cross.0.", f"{there}visual_attention.")
         for place, stream in enumerate(("lang_", "visn_")):
             rules += rules_of(_LXMERT_STREAM, f"{here}own.{place}.", f"{there}{stream}")
-    unused = (
-        ("cls.predictions.decoder.weight", "the token table, which is there twice"),
-        ("obj_predict_head.decoder_dict.attr.*", "no batch has the attributes of regions"),
-        ("answer_head.*", "no batch has answers"),
-        _POSITION_IDS,
-    )
-    return Layout("transformers LxmertForPreTraining", tuple(rules), unused)
+    return Layout("transformers LxmertForPreTraining", tuple(rules), tuple(unused))
 
 
 _CROSS_BLOCK = {

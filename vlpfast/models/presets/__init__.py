@@ -49,10 +49,19 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
 SIZES = ("tiny", "small", "base")
 
 
+# Parts that a preset has or has not by a setting.
+_SETTINGS = {
+    "an attribute head": "model.vision.region_attributes",
+    "an answer head": "data.answers, which sets model.answers",
+}
+
+
 def missing(preset: str, part: str) -> str:
     """What an error says where a preset lacks one of `ModelConfig.parts`."""
+    bare = part.removeprefix("an ").removeprefix("a ")
+    if part in _SETTINGS:
+        return f"preset {preset!r} has no {bare}: set {_SETTINGS[part]}"
     having = [name for name in list_presets() if part in preset_config(name).parts]
-    bare = part.removeprefix("a ")
     return f"preset {preset!r} has no {bare}; presets that have: {', '.join(map(repr, having))}"
 
 

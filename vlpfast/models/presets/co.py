@@ -75,8 +75,8 @@ def vilbert(size: str) -> ModelConfig:
 
 def lxmert(size: str) -> ModelConfig:
     """LXMERT; base is 9 layers of text, 5 of regions and 5 of both, whose co-attention shares its
-    weights: 207.94 M parameters without heads. Its heads for attributes (0.31 M) and answers
-    (15.79 M) are not here: nothing in a batch has their labels.
+    weights: 207.94 M parameters without heads, 228.05 M with all of them. The compact sizes have
+    no heads for attributes (`vision.region_attributes`) and answers (`answers`).
 
     Source: Tan & Bansal 2019, arXiv:1908.07490; airsplay/lxmert src/lxrt/modeling.py.
     """
@@ -85,8 +85,9 @@ def lxmert(size: str) -> ModelConfig:
         "lxmert",
         size,
         (co, text, co),
-        image={"region_kind": "lxmert"},
+        image={"region_kind": "lxmert", "region_attributes": 401 if size == "base" else 0},
         fusion={"tied": True, "pooler": True},
+        answers=9500 if size == "base" else 0,
     )
 
 
