@@ -38,6 +38,8 @@ class Batch:
             None.
         features (B, P, E): what a frozen teacher makes of them, or None.
         prompt: packed token ids of what each image is asked, which `text` answers, or None.
+        drawn (n,): int64, the rows whose text is their image's codes, which a tokenizer fills in:
+            they are made from the prompt alone, without the image; or None.
         class_ids (B,): int64, the class that each image shows (one of those it does), as a number
             of `class_names`; -100 where it shows none; or None.
         class_names: packed token ids of the names of all classes, or None.
@@ -58,6 +60,7 @@ class Batch:
     codes: Tensor | None = None
     features: Tensor | None = None
     prompt: Ragged | None = None
+    drawn: Tensor | None = None
     class_ids: Tensor | None = None
     class_names: Ragged | None = None
 

@@ -80,10 +80,13 @@ class TorchLoader:
         world: int = 1,
         train: bool = True,
         start_step: int = 0,
+        num_codes: int = 0,
     ) -> None:
+        if "image" in config.tasks and not num_codes:
+            raise ValueError("data.tasks 'image' needs the number of an image's codes: num_codes")
         self.index, self.config, self.tokenizer = index, config, tokenizer
         self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
-        self.train, self.start_step = train, start_step
+        self.train, self.start_step, self.num_codes = train, start_step, num_codes
         self.corrupt: dict[str, str] = {}
         self.plan = StreamPlan(index.num_samples, batch_size, seed, rank, world, config.window)
         self._share = None if train else share(index.num_samples, rank, world)
@@ -137,11 +140,14 @@ class TorchLoader:
         images, draws = self._images(draws)
         positions = torch.from_numpy(draws.positions)
         images = self._augment(images, positions.to(images.device))
-        prompt, text = self._prompted(draws) if self.config.tasks else (None, self._text(draws))
+        prompt, text, drawn = None, None, None
+        if self.config.tasks:
+            prompt, text, drawn = self._prompted(draws)
         return Batch(
             images=images.pin_memory() if self._pin and not images.is_cuda else images,
-            text=text,
+            text=self._text(draws) if text is None else text,
             prompt=prompt,
+            drawn=drawn,
             image_ids=torch.from_numpy(np.array(self.index.at("image_ids", draws.samples))),
             sample_ids=torch.from_numpy(draws.samples),
             positions=positions,
@@ -201,25 +207,37 @@ class TorchLoader:
             raise ValueError(f"{name} has no caption: it cannot be loaded as an image-text pair")
         return self._tokens.ragged(draws.captions)
 
-    def _prompted(self, draws: Draws) -> tuple[Ragged, Ragged]:
-        """Packed tokens of prompts and of the texts that answer them; in evaluation each sample's
-        first of the first task.
+    def _prompted(self, draws: Draws) -> tuple[Ragged, Ragged, Tensor | None]:
+        """Packed tokens of prompts and of the texts that answer them, in evaluation each sample's
+        first of the first task; and the rows whose text, of padding, is to become codes.
         """
         tasks, positions = self.config.tasks, torch.from_numpy(draws.positions)
         chosen = number = torch.zeros_like(positions)
         if self.train:
             chosen = augment.integers(self.seed, positions, augment.TASK, len(tasks))
             number = augment.integers(self.seed, positions, augment.TASK + 1, 1 << 16)
-        captions = self.index.strings["captions"]
-        columns = (draws.samples, draws.captions, chosen, number)
+        captions, num_bins = self.index.strings["captions"], len(self.tokenizer.locations)
+        sides = [self.index.at(name, draws.samples) for name in ("width", "height")]
+        crops = augment.shown_parts(draws.boxes, *sides)
+        columns = (draws.samples, draws.captions, chosen, number, crops)
         pairs = [
-            choose(self.index.record(i), captions[c].decode(), tasks[t], n)
-            for i, c, t, n in zip(*(column.tolist() for column in columns), strict=True)
+            choose(
+                self.index.record(i), captions[c].decode(), tasks[t], n, num_bins=num_bins, crop=box
+            )
+            for i, c, t, n, box in zip(*(column.tolist() for column in columns), strict=True)
         ]
         encoded = self.tokenizer.encode(
             [part for pair in pairs for part in pair], self.config.max_tokens
         )
-        return Ragged.from_lists(encoded[::2]), Ragged.from_lists(encoded[1::2])
+        prompts, texts = encoded[::2], encoded[1::2]
+        if "image" not in tasks:
+            return Ragged.from_lists(prompts), Ragged.from_lists(texts), None
+        drawn = [row for row, task in enumerate(chosen.tolist()) if tasks[task] == "image"]
+        start, end = self.tokenizer.start_id, self.tokenizer.end_id
+        for row in drawn:
+            texts[row] = [start, *[self.tokenizer.pad_id] * self.num_codes, end]
+        rows = torch.tensor(drawn, dtype=torch.int64)
+        return Ragged.from_lists(prompts), Ragged.from_lists(texts), rows
 
     def _images(self, draws: Draws) -> tuple[Tensor, Draws]:
         """uint8 crops (B, S, S, 3), and the draws with corrupt samples replaced or left out."""
