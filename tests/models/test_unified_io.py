@@ -31,10 +31,16 @@ def model(depth: int = 2) -> VLPModel:
 
 
 def lively() -> VLPModel:
-    """Writes what differs: a table that is read and written at once repeats what was read."""
+    """Large weights: what is written differs from row to row, and from what was read before, which
+    a table that reads and writes would repeat.
+    """
     ours = model()
-    torch.nn.init.normal_(ours.fusion.decoder.norm.weight)
-    ours.text.embedding.token.mul_(100)
+    with torch.no_grad():
+        for parameter in ours.fusion.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+        torch.nn.init.normal_(ours.fusion.decoder.norm.weight)
+        ours.text.embedding.token.mul_(30)
     return ours
 
 
