@@ -86,6 +86,14 @@ def eval_boxes(widths: np.ndarray, heights: np.ndarray, crop: str) -> np.ndarray
     return np.stack([(widths - side) // 2, (heights - side) // 2, side, side], -1)
 
 
+def shown_parts(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """Crops (B, 4), as `crop_boxes` has them, -> (B, 4) float64 x1, y1, x2, y2, fractions of their
+    images' widths and heights (B,).
+    """
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+    return corners / np.stack([widths, heights] * 2, 1)
+
+
 def hflip(images: Tensor, *, seed: int, positions: Tensor, probability: float) -> Tensor:
     """Mirrors each image (B, H, W, 3) with `probability`."""
     flipped = uniforms(seed, positions, FLIP, 1)[:, 0] < probability

@@ -40,6 +40,8 @@ class Batch:
         prompt: packed token ids of what each image is asked, which `text` answers, or None.
         answer_ids (B,): int64, the number of the answer where `text` is a question; -100 where it
             is none, or its answer is not among the data's; or None.
+        drawn (n,): int64, the rows whose text is their image's codes, which a tokenizer fills in:
+            they are made from the prompt alone, without the image; or None.
         class_ids (B,): int64, the class that each image shows (one of those it does), as a number
             of `class_names`; -100 where it shows none; or None.
         class_names: packed token ids of the names of all classes, or None.
@@ -60,6 +62,7 @@ class Batch:
     codes: Tensor | None = None
     features: Tensor | None = None
     prompt: Ragged | None = None
+    drawn: Tensor | None = None
     class_ids: Tensor | None = None
     class_names: Ragged | None = None
     answer_ids: Tensor | None = None

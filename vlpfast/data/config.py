@@ -29,11 +29,15 @@ class DataConfig:
         regions: what the model reads in place of pixels, where it reads regions: "scenes" makes
             them from the truth of generated scenes, "files" are those in `<path>.regions`
             (`data.regions`); "" is none. Crops and flips do not apply to them.
-        tasks: what images are asked, each sample one of these by chance: "caption", "vqa",
-            "entailment" (`data.prompts`); empty: captions without a prompt.
+        tasks: what images are asked, each sample one of these by chance, a name that is repeated
+            as often as it is: "caption", "vqa", "entailment"; "box", where an object is; "region",
+            what is somewhere; "image", a caption asks for the image's codes (`data.prompts`);
+            empty: captions without a prompt.
         answers: of how many answers, the most frequent, the text is a question's: with `tasks`, a
             sample's text is what it is asked, or its caption, and the answer is a label (LXMERT);
             0: prompts are of their own, and texts answer them.
+        locations: location tokens in the vocabulary, bins of an image's width and height
+            (Unified-IO: 1000); 0: none. `<loc17>` in a text is one of them.
         classes: class names of the images: the record field that holds one or a list of them;
             "scenes" names the objects of generated scenes, "scenes-heldout" those of held-out
             combinations; "" is none.
@@ -70,6 +74,7 @@ class DataConfig:
     regions: Literal["", "scenes", "files"] = ""
     tasks: tuple[str, ...] = ()
     answers: int = 0
+    locations: int = 0
     classes: str = ""
     captions: tuple[int, ...] = ()
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -119,13 +124,30 @@ class DataConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if unknown := set(self.tasks) - {"caption", "vqa", "entailment"}:
-            raise ValueError(f"tasks must be caption, vqa or entailment, got {sorted(unknown)}")
-        if self.answers and not set(self.tasks) - {"caption"}:
-            raise ValueError(f"answers needs tasks that ask (vqa, entailment), got {self.tasks}")
+        self._check_tasks()
         for condition in self.where:
             if "=" not in condition:
                 raise ValueError(f"where must be 'field=value', got {condition!r}")
+
+    def _check_tasks(self) -> None:
+        known = ("caption", "vqa", "entailment", "box", "region", "image")
+        if unknown := set(self.tasks) - set(known):
+            names = f"{', '.join(known[:-1])} or {known[-1]}"
+            raise ValueError(f"tasks must be {names}, got {sorted(unknown)}")
+        if self.answers and not set(self.tasks) - {"caption"}:
+            raise ValueError(f"answers needs tasks that ask (vqa, entailment), got {self.tasks}")
+        if self.locations < 0 or self.locations == 1:
+            raise ValueError(f"locations must be 0 or >= 2, got {self.locations}")
+        located = sorted({"box", "region"} & set(self.tasks))
+        if located and not self.locations:
+            raise ValueError(f"tasks {located} need location tokens: set locations (1000)")
+        if located and (self.hflip or self.zoom_out > 1):
+            raise ValueError(
+                f"tasks {located} ask for places, which hflip and zoom_out would move: they must "
+                f"be 0 and 1, got {self.hflip} and {self.zoom_out}"
+            )
+        if located and self.max_tokens < 6:
+            raise ValueError(f"max_tokens of a box must be >= 6, got {self.max_tokens}")
 
     @property
     def conditions(self) -> dict[str, list[str]]:

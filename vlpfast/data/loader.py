@@ -28,7 +28,13 @@ def open_index(config: DataConfig) -> Index:
 
 
 def make_tokenizer(config: DataConfig, index: Index) -> Tokenizer:
-    """The configured tokenizer: trained on all captions of `index`, CLIP's, or one from a file."""
+    """The configured tokenizer, with the configured location tokens: trained on all captions of
+    `index`, CLIP's, or one from a file.
+    """
+    return _make_tokenizer(config, index).with_locations(config.locations)
+
+
+def _make_tokenizer(config: DataConfig, index: Index) -> Tokenizer:
     if config.tokenizer == "train":
         texts = itertools.chain(index.iter_captions(), iter_texts(index, config.tasks))
         return Tokenizer.train(texts, config.vocab_size)
@@ -69,6 +75,7 @@ def make_loader(
     world: int = 1,
     train: bool = True,
     start_step: int = 0,
+    num_codes: int = 0,
 ) -> TorchLoader:
     """Batches of `index` for one rank.
 
@@ -83,6 +90,7 @@ def make_loader(
         train: endless from `start_step`; else one pass over this rank's share in order, evaluation
             crop, caption 0.
         start_step: first step of a resumed run.
+        num_codes: of an image, for the task "image".
 
     Returns: an iterable of `Batch`, with `corrupt` and `close()`.
     """
@@ -102,4 +110,5 @@ def make_loader(
         world=world,
         train=train,
         start_step=start_step,
+        num_codes=num_codes,
     )

@@ -81,10 +81,13 @@ class TorchLoader:
         world: int = 1,
         train: bool = True,
         start_step: int = 0,
+        num_codes: int = 0,
     ) -> None:
+        if "image" in config.tasks and not num_codes:
+            raise ValueError("data.tasks 'image' needs the number of an image's codes: num_codes")
         self.index, self.config, self.tokenizer = index, config, tokenizer
         self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
-        self.train, self.start_step = train, start_step
+        self.train, self.start_step, self.num_codes = train, start_step, num_codes
         self.corrupt: dict[str, str] = {}
         self.plan = StreamPlan(index.num_samples, batch_size, seed, rank, world, config.window)
         self._share = None if train else share(index.num_samples, rank, world)
@@ -203,37 +206,56 @@ class TorchLoader:
             raise ValueError(f"{name} has no caption: it cannot be loaded as an image-text pair")
         return self._tokens.ragged(draws.captions)
 
-    def _texts(self, draws: Draws) -> tuple[Ragged, dict[str, Ragged | Tensor]]:
+    def _texts(self, draws: Draws) -> tuple[Ragged, dict[str, Ragged | Tensor | None]]:
         """Packed tokens of the texts, and what belongs to them in a batch: prompts, or answers."""
         if not self.config.tasks:
             return self._text(draws), {}
-        pairs, most = self._asked(draws), self.config.max_tokens
-        if not self.config.answers:
-            encoded = self.tokenizer.encode([part for pair in pairs for part in pair], most)
-            prompts, texts = (Ragged.from_lists(part) for part in (encoded[::2], encoded[1::2]))
-            return texts, {"prompt": prompts}
+        tasks, pairs = self._asked(draws)
+        return self._questions(pairs) if self.config.answers else self._answered(tasks, pairs)
+
+    def _questions(self, pairs: list[tuple[str, str]]) -> tuple[Ragged, dict[str, Tensor]]:
+        """What is asked, as texts, captions as they are; and the answers' numbers."""
         caption = TASKS["caption"][1]
         texts = [text if prompt == caption else prompt for prompt, text in pairs]
         labels = [
             -100 if prompt == caption else self._answers.get(text, -100) for prompt, text in pairs
         ]
-        encoded = Ragged.from_lists(self.tokenizer.encode(texts, most))
+        encoded = Ragged.from_lists(self.tokenizer.encode(texts, self.config.max_tokens))
         return encoded, {"answer_ids": torch.tensor(labels)}
 
-    def _asked(self, draws: Draws) -> list[tuple[str, str]]:
-        """Prompts and the texts that answer them; in evaluation each sample's first of the first
-        task.
+    def _answered(
+        self, tasks: list[str], pairs: list[tuple[str, str]]
+    ) -> tuple[Ragged, dict[str, Ragged | Tensor | None]]:
+        """Texts that answer, those that are to become codes of padding; and prompts."""
+        encoded = self.tokenizer.encode(
+            [part for pair in pairs for part in pair], self.config.max_tokens
+        )
+        prompts, texts = encoded[::2], encoded[1::2]
+        drawn = [row for row, task in enumerate(tasks) if task == "image"]
+        for row in drawn:
+            codes = [self.tokenizer.pad_id] * self.num_codes
+            texts[row] = [self.tokenizer.start_id, *codes, self.tokenizer.end_id]
+        rows = torch.tensor(drawn, dtype=torch.int64) if "image" in self.config.tasks else None
+        return Ragged.from_lists(texts), {"prompt": Ragged.from_lists(prompts), "drawn": rows}
+
+    def _asked(self, draws: Draws) -> tuple[list[str], list[tuple[str, str]]]:
+        """Each sample's task, its prompt and the text that answers it; in evaluation its first of
+        the first task.
         """
         tasks, positions = self.config.tasks, torch.from_numpy(draws.positions)
         chosen = number = torch.zeros_like(positions)
         if self.train:
             chosen = augment.integers(self.seed, positions, augment.TASK, len(tasks))
             number = augment.integers(self.seed, positions, augment.TASK + 1, 1 << 16)
-        captions = self.index.strings["captions"]
-        columns = (draws.samples, draws.captions, chosen, number)
-        return [
-            choose(self.index.record(i), captions[c].decode(), tasks[t], n)
-            for i, c, t, n in zip(*(column.tolist() for column in columns), strict=True)
+        captions, num_bins = self.index.strings["captions"], len(self.tokenizer.locations)
+        sides = [self.index.at(name, draws.samples) for name in ("width", "height")]
+        crops = augment.shown_parts(draws.boxes, *sides)
+        names = [tasks[t] for t in chosen.tolist()]
+        columns = (draws.samples, draws.captions, number, crops)
+        rows = zip(names, *(column.tolist() for column in columns), strict=True)
+        return names, [
+            choose(self.index.record(i), captions[c].decode(), name, n, num_bins=num_bins, crop=box)
+            for name, i, c, n, box in rows
         ]
 
     def _images(self, draws: Draws) -> tuple[Tensor, Draws]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 PAD, START, END, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -29,6 +29,7 @@ class Tokenizer:
         pad_id, start_id, end_id: special ids.
         mask_id: id of the mask token; None for CLIP's vocabulary, which has none.
         special_ids: all special ids, ascending.
+        locations: ids of the location tokens; empty where there are none.
         sha256: hash of the whole definition.
     """
 
@@ -51,6 +52,8 @@ class Tokenizer:
         if not self.is_clip:
             special |= {self.pad_id, self.mask_id}
         self.special_ids = tuple(sorted(special))
+        first = backend.token_to_id("<loc0>")
+        self.locations = range(0) if first is None else range(first, self.vocab_size)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -127,6 +130,27 @@ class Tokenizer:
         except Exception as error:  # the backend raises bare Exception
             raise ValueError(f"{path}: not a tokenizer file: {error}") from error
         return cls(backend)
+
+    def with_locations(self, count: int) -> Tokenizer:
+        """This tokenizer with `count` location tokens `<loc0>`, `<loc1>`, ... behind its own.
+
+        Raises:
+            ValueError: it has another number of them.
+        """
+        if self.locations and len(self.locations) != count:
+            raise ValueError(
+                f"locations is {count}, and the tokenizer has {len(self.locations)} of them"
+            )
+        if self.locations or not count:
+            return self
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.add_tokens(
+            [
+                AddedToken(f"<loc{i}>", normalized=False, lstrip=True, rstrip=True)
+                for i in range(count)
+            ]
+        )
+        return Tokenizer(backend)
 
     def save(self, path: str | Path) -> None:
         """Writes the whole definition as one JSON file."""

@@ -1,5 +1,5 @@
-"""Probes of models of images alone: how a tokenizer uses its codes, how well hidden codes are told,
-and what a linear map reads out of the patches.
+"""Probes of codes and patches: how a tokenizer uses its codes, how well hidden codes are told, and
+those of an image that a caption describes; and what a linear map reads out of the patches.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from vlpfast.eval.report import EvalResult
 
 # Of a generated scene's objects, what the linear probe asks for.
 _READ_OUT = ("shape", "color")
+# Of which logits are made at once.
+_ROWS = 4096
 # Of the mean square of the features, added to the diagonal: the probe is ridge regression.
 _RIDGE = 1e-3
 
@@ -106,6 +108,49 @@ def mim_probe(
         metrics={f"{name}mim_accuracy": 100 * int(hit) / total for name, hit in hits.items()},
         chance={"mim_accuracy": 100 * int(seen.max()) / total},
         counts={"num_images": total // num_hidden, "num_hidden": total},
+    )
+
+
+@torch.inference_mode()
+def image_probe(model: nn.Module, batches: Iterable[Batch], *, seed: int = 0) -> EvalResult:
+    """Accuracy of each code of images that are written, the true codes before it given, from the
+    true caption and from another's of the batch. Chance is the share of the most frequent code.
+    Images whose batch holds no other one are left out.
+
+    Args:
+        model: in eval mode, with image codes in its vocabulary.
+        batches: on any device, of prompts that ask for images and of texts that are their codes
+            (`Guide.fill`).
+        seed: of the choice of the other caption.
+    """
+    text_config, device = model.config.text, model.device
+    first, size = text_config.vocab_size, text_config.image_codes
+    hits, num_images = torch.zeros(2, dtype=torch.int64, device=device), 0
+    seen = torch.zeros(size, dtype=torch.int64, device=device)
+    for batch in batches:
+        partner, differs = derange(batch.image_ids.cpu(), seed=seed)
+        kept = differs.nonzero()[:, 0]
+        text, prompt = batch.text.to(device).select(kept.to(device)), batch.prompt.to(device)
+        own = torch.arange(len(kept), device=device)
+        places = text.but_last()
+        target = text.values[places + 1]
+        is_code = target >= first
+        seen += (target[is_code] - first).bincount(minlength=size)
+        num_images += len(kept)
+        for case, shown in enumerate((kept, partner[kept])):
+            sources = model.read(None, own, prompt.select(shown.to(device)))
+            states = model.decode(text, sources, own).values[places]
+            told = [model.next_token_logits(part).argmax(-1) for part in states.split(_ROWS)]
+            hits[case] += (torch.cat(told) == target)[is_code].sum()
+    total = int(seen.sum())
+    if not total:
+        raise ValueError("image: the data is empty, or every batch holds a single image")
+    names = ("code_accuracy", "other_caption_code_accuracy")
+    return EvalResult(
+        "image",
+        metrics={name: 100 * hit / total for name, hit in zip(names, hits.tolist(), strict=True)},
+        chance={"code_accuracy": 100 * int(seen.max()) / total},
+        counts={"num_images": num_images, "num_codes": total},
     )
 
 

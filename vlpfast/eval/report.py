@@ -13,9 +13,11 @@ VARIANTS = {
     "shuffled_": "shuffled image",
     "class_head_": "class head",
     "random_": "random weights",
+    "other_caption_": "other caption",
 }
 _FIRST_HEADING = {
-    **dict.fromkeys(("mlm", "align", "caption", "vqa", "classify"), "true image"),
+    **dict.fromkeys(("mlm", "align", "caption", "vqa", "box", "classify"), "true image"),
+    "image": "true caption",
     "codes": "trained",
     "mim": "hidden patches",
     "linear": "trained",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vlpfast.data import augment
 from vlpfast.data.batch import Batch
 from vlpfast.data.classes import open_classes
 from vlpfast.data.config import DataConfig
@@ -24,9 +25,10 @@ from vlpfast.data.loader import make_loader, open_index
 from vlpfast.data.prompts import TASKS as PROMPTS
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.eval.align import align_probe
+from vlpfast.eval.boxes import box_probe
 from vlpfast.eval.caption import caption_probe
 from vlpfast.eval.classify import classify_probe
-from vlpfast.eval.codes import codes_probe, linear_probe, mim_probe
+from vlpfast.eval.codes import codes_probe, image_probe, linear_probe, mim_probe
 from vlpfast.eval.load import load_run
 from vlpfast.eval.probe import mlm_probe, swap_probe
 from vlpfast.eval.report import EvalResult, save_bars
@@ -46,6 +48,8 @@ TASKS = (
     "align",
     "caption",
     "vqa",
+    "box",
+    "image",
     "classify",
     "codes",
     "mim",
@@ -343,6 +347,35 @@ class _Evaluation:
             seed=self.options.seed,
         )
 
+    def box(self) -> EvalResult:
+        self._need("box", "a prompt encoder")
+
+        def crops(samples: Tensor) -> np.ndarray:
+            sides = [self.index.at(name, samples.numpy()) for name in ("width", "height")]
+            return augment.shown_parts(augment.eval_boxes(*sides, self.data.eval_crop), *sides)
+
+        return box_probe(
+            self.model,
+            self._batches("box"),
+            self.index,
+            self.tokenizer,
+            crops=crops,
+            max_tokens=self.data.max_tokens,
+            seed=self.options.seed,
+        )
+
+    def image(self) -> EvalResult:
+        self._need("image", "image codes in its vocabulary")
+        if self.objectives is None or "image" not in self.data.tasks:
+            raise ValueError("image tells a tokenizer's codes: the model was trained on none")
+        guide = Guide.open(self.objectives, self.device, draws=True)
+        first = self.model.config.text.vocab_size
+        batches = (
+            guide.fill(batch.to(self.device), first_code=first)
+            for batch in self._batches("image", guide.num_codes)
+        )
+        return image_probe(self.model, batches, seed=self.options.seed)
+
     def codes(self) -> EvalResult:
         self._need("codes", "a codebook")
         return codes_probe(self.model, self._batches("codes"))
@@ -372,16 +405,18 @@ class _Evaluation:
         if part not in self.model.config.parts:
             raise ValueError(f"{task} needs {part}; {missing(preset, part)}")
 
-    def _batches(self, what: str) -> Iterator[Batch]:
-        """One pass over the images."""
+    def _batches(self, what: str, num_codes: int = 0) -> Iterator[Batch]:
+        """One pass over the images; with `num_codes` their captions ask for so many codes."""
+        tasks = ("image",) if num_codes else tuple(t for t in self.data.tasks if t != "image")
         loader = make_loader(
             self.index,
-            self.data,
+            replace(self.data, tasks=tasks),
             tokenizer=self.tokenizer,
             image_size=self.model.config.image_size,
             batch_size=self.options.batch_size,
             seed=self.options.seed,
             train=False,
+            num_codes=num_codes,
         )
         with contextlib.closing(loader), self._bar(what, len(self.index), "img") as bar:
             for batch in loader:

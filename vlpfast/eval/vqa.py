@@ -38,7 +38,13 @@ def answers(
     encodes = model.config.fusion.kind == "seq2seq"
     sources = model.read(keys, kv_index, prompt) if encodes else keys.select(kv_index)
     # In one sequence, prompts of different lengths leave no common place for kept keys.
-    search = SearchOptions(tokenizer.start_id, tokenizer.end_id, MAX_ANSWER + 1, cached=encodes)
+    search = SearchOptions(
+        tokenizer.start_id,
+        tokenizer.end_id,
+        MAX_ANSWER + 1,
+        allowed=(0, model.config.text.vocab_size),
+        cached=encodes,
+    )
     text = generate(model, sources, len(prompt), search, None if encodes else prompt).text
     ids, ends = text.values.tolist(), text.cu_seqlens.tolist()
     rows = [ids[a + 1 : b] for a, b in pairwise(ends)]

@@ -187,6 +187,11 @@ def _check_vision(model: ModelConfig) -> None:
 
 def _check_text(model: ModelConfig) -> None:
     text = model.text
+    if text.image_codes and model.fusion.kind != "seq2seq":
+        raise ValueError(
+            "text.image_codes are written from a prompt without an image: fusion.kind must be "
+            f"'seq2seq', got {model.fusion.kind!r}"
+        )
     if text.kind == "none" and (model.embed_dim or model.mlm_head or model.fusion.depth):
         raise ValueError(
             "text.kind 'none' is a model of images alone: embed_dim, mlm_head and fusion.depth "

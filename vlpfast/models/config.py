@@ -58,8 +58,8 @@ class ModelConfig:
             have experts for both modalities (VLMo).
         match_head: whether a model with fusion tells pairs that match from others.
         lm_head: what predicts the next token of a text that is decoded: "linear" is a vocabulary
-            weight of its own (CoCa), "tied" BERT's transform with the token table (BLIP); "none":
-            the model writes no text.
+            weight of its own (CoCa), "tied" BERT's transform with the token table (BLIP), "table"
+            the token table alone (Unified-IO); "none": the model writes no text.
         decoder: a causal decoder beside fusion, which is fusion but for self-attention of its own
             (BLIP).
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
@@ -84,7 +84,7 @@ class ModelConfig:
     mlm_tied: bool = True
     joint_embedding: bool = False
     match_head: bool = True
-    lm_head: Literal["none", "linear", "tied"] = "none"
+    lm_head: Literal["none", "linear", "tied", "table"] = "none"
     decoder: bool = False
     region_heads: bool = False
     answers: int = 0
@@ -128,6 +128,7 @@ class ModelConfig:
             "a matching head": self.fusion.depth > 0 and self.match_head,
             "a text decoder": self.lm_head != "none" or self.shared,
             "a prompt encoder": self.fusion.kind == "seq2seq",
+            "image codes in its vocabulary": self.text.image_codes > 0,
             "fused image tokens": self.joins_tokens,
             "image tokens that read the text": self.joins_tokens or self.fusion.kind == "co",
             "one stack for both": self.one_stack,

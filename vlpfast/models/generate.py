@@ -41,6 +41,8 @@ class SearchOptions:
         num_beams: 1 is greedy.
         length_penalty: p >= 0 of the score, sum of log-probabilities / (tokens written ** p).
         banned: ids that are never written (padding, masks).
+        allowed: (low, high): but for the end token, only ids from low up to high - 1 are written,
+            as a box is of location tokens alone. Scores stay those of the whole vocabulary.
         cached: keep keys; else each step computes all tokens again (for tests).
     """
 
@@ -51,6 +53,7 @@ class SearchOptions:
     num_beams: int = 1
     length_penalty: float = 1.0
     banned: tuple[int, ...] = ()
+    allowed: tuple[int, int] = (0, 2**62)
     cached: bool = True
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class SearchOptions:
             )
         if self.length_penalty < 0:
             raise ValueError(f"length_penalty must be >= 0, got {self.length_penalty}")
+        if not 0 <= self.allowed[0] < self.allowed[1]:
+            raise ValueError(f"allowed must be 0 <= low < high, got {self.allowed}")
         if self.end_id in self.banned:
             raise ValueError(f"banned must not hold end_id {self.end_id}")
 
@@ -125,6 +130,9 @@ class _Writer:
             self.written = tokens.shape[1]
         log_p = self.model.next_token_logits(states.values[text.last()]).log_softmax(-1)
         log_p = log_p.index_fill(1, self.banned, -torch.inf)
+        (low, high), ended = self.options.allowed, log_p[:, self.options.end_id].clone()
+        log_p[:, :low] = log_p[:, high:] = -torch.inf
+        log_p[:, self.options.end_id] = ended
         if tokens.shape[1] + 1 < self.options.min_tokens:
             log_p[:, self.options.end_id] = -torch.inf
         return log_p

@@ -31,7 +31,7 @@ def unit(x: Tensor) -> Tensor:
 
 class TokenHead(nn.Module):
     """What predicts tokens: BERT's transform (Linear, GELU, LayerNorm) where `transform`, then the
-    vocabulary, whose weight is the token table itself where `tied`.
+    vocabulary, whose weight is the token table itself where `tied`; with a `bias` of each word.
     """
 
     def __init__(
@@ -42,12 +42,13 @@ class TokenHead(nn.Module):
         *,
         transform: bool = True,
         tied: bool = True,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.dense = nn.Linear(dim, dim) if transform else None
         self.norm = ResidualNorm(dim, norm_eps) if transform else None
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The transform alone."""
@@ -98,9 +99,10 @@ class Heads(nn.Module):
         self.match_head = nn.Linear(width, 2) if matches else None
         self.lm_head = None
         if config.lm_head == "linear":
-            self.lm_head = nn.Linear(fusion.dim, text.vocab_size, bias=False)
-        elif config.lm_head == "tied":
-            self.lm_head = TokenHead(text.dim, text.vocab_size, text.norm_eps)
+            self.lm_head = nn.Linear(fusion.dim, text.num_ids, bias=False)
+        elif config.lm_head != "none":
+            own = config.lm_head == "tied"
+            self.lm_head = TokenHead(text.dim, text.num_ids, text.norm_eps, transform=own, bias=own)
         self.token_head = (
             TokenHead(
                 text.dim,

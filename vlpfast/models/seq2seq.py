@@ -1,4 +1,6 @@
-"""An encoder of image and prompt, and a decoder that reads what it makes of them (PaLI)."""
+"""An encoder of image and prompt, and a decoder that reads what it makes of them (PaLI,
+Unified-IO).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from vlpfast.layers.block import CrossKeys
 from vlpfast.layers.keys import KeyCache
-from vlpfast.models.config import FusionConfig
+from vlpfast.models.config import FusionConfig, StackConfig
 from vlpfast.models.fusion import ConcatTower, FusionTower
 from vlpfast.models.outputs import FusedOutput
 from vlpfast.models.towers import TextTower
@@ -35,15 +37,17 @@ class SourceKeys(NamedTuple):
 class Seq2SeqTower(nn.Module):
     """An encoder over prompt and image in one sequence, which see each other both ways, and a
     causal decoder with cross-attention; both of `config`'s shape. A linear connector brings the
-    image tower's tokens to their width.
+    image tower's tokens to their width; what has it and has not been through a tower goes in as it
+    is.
 
     Source: Chen et al. 2022 (PaLI), section 3.1, arXiv:2209.06794; no code was published. Its
         sequences have the image first: nothing here depends on the order.
     """
 
-    def __init__(self, config: FusionConfig, image_dim: int) -> None:
+    def __init__(self, config: FusionConfig, image: StackConfig) -> None:
         super().__init__()
-        self.connector = nn.Linear(image_dim, config.dim)
+        connects = image.depth > 0 or image.dim != config.dim
+        self.connector = nn.Linear(image.dim, config.dim) if connects else nn.Identity()
         self.encoder = ConcatTower(config)
         self.decoder = FusionTower(config, config.dim)
 
@@ -103,12 +107,17 @@ def decode_after_source(
 def read_source(
     embed: TextTower,
     tower: Seq2SeqTower,
-    images: Ragged,
+    images: Ragged | None,
     image_index: Tensor,
     prompt: Ragged | None,
     seed: int,
 ) -> SourceKeys:
-    """`Seq2SeqTower.read` of prompts' packed token ids; None: the sources are images alone."""
+    """`Seq2SeqTower.read` of prompts' packed token ids; None: the sources are images alone, or
+    without `images` prompts alone.
+    """
+    if images is None:
+        words = embed(prompt, fold_seed(seed, -3))
+        return tower.read(words, Ragged.empty(words.values), torch.zeros_like(image_index), seed)
     if prompt is None:
         nothing = Ragged.empty(images.values)
         words = nothing.select(torch.zeros_like(image_index))

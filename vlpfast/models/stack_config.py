@@ -145,6 +145,9 @@ class TextConfig(StackConfig):
         task_tokens: the last so many rows of the token table are no tokens of the tokenizer: of
             two, the first stands at the start of a text that is decoded, the second of one that
             reads an image (BLIP's [DEC] and [ENC]).
+        image_codes: further rows of the token table, behind `vocab_size`: codes of image patches,
+            which are read and written as words are (Unified-IO); training sets it to the
+            tokenizer's.
     """
 
     kind: Literal["transformer", "gru", "none"] = "transformer"
@@ -157,6 +160,12 @@ class TextConfig(StackConfig):
     token_types: int = 0
     position: Literal["learned", "none"] = "learned"
     task_tokens: int = 0
+    image_codes: int = 0
+
+    @property
+    def num_ids(self) -> int:
+        """Rows of the token table."""
+        return self.vocab_size + self.image_codes
 
     @property
     def task_ids(self) -> tuple[int, ...]:
@@ -177,7 +186,8 @@ class FusionConfig(StackConfig):
             predicted (Uni-Perceiver); "prefix", a causal decoder of text after the image tower's
             tokens, which a linear connector brings into its sequence (MetaLM); or "seq2seq",
             `depth` blocks that encode a prompt with those tokens, and as many of a causal decoder
-            that reads them by cross-attention (PaLI).
+            that reads them by cross-attention (PaLI). Of "seq2seq", an image stack without blocks
+            and as wide as this has no connector (Unified-IO).
         tied: of "co", both directions of co-attention share their weights (LXMERT).
         co_mlp: of "co", each stream has an MLP between co-attention and its own block (ViLBERT).
         pair_pooler: the matching head reads relu(linear(first text token)) times relu(linear(first

@@ -180,7 +180,7 @@ class TextTower(nn.Module):
         appended = config.pool == "appended"
         self.embedding = TokenEmbedding(
             config.dim,
-            vocab_size=config.vocab_size,
+            vocab_size=config.num_ids,
             context_length=config.context_length,
             more_positions=int(appended),
             token_types=config.token_types,

@@ -270,10 +270,11 @@ class VLPModel(Heads):
         return self.fusion(tokens, keys, kv_index, seed, cache).text
 
     def read(
-        self, keys: Ragged, kv_index: Tensor, prompt: Ragged | None, *, seed: int = 0
+        self, keys: Ragged | None, kv_index: Tensor, prompt: Ragged | None, *, seed: int = 0
     ) -> SourceKeys:
         """Encodes image `kv_index[r]` of `image_keys` with prompt r (packed ids; None: alone), once
-        for any number of texts: what `decode` reads as its `keys` (PaLI).
+        for any number of texts: what `decode` reads as its `keys` (PaLI). Without `keys`, prompt r
+        alone.
         """
         encodes = self.config.fusion.kind == "seq2seq"
         self._need(self.fusion if encodes else None, "a prompt encoder")
@@ -281,7 +282,7 @@ class VLPModel(Heads):
 
     def generate(
         self,
-        images: Tensor | Regions,
+        images: Tensor | Regions | None,
         *,
         start_id: int,
         end_id: int,
@@ -293,9 +294,14 @@ class VLPModel(Heads):
         `generate.SearchOptions`, and `prompt`, packed ids of what each image is asked, where the
         model takes prompts. The model should be in eval mode.
 
+        Of a vocabulary with image codes, words alone are written unless `allowed` says other ids.
+        Without `images` each prompt alone is answered, by a model that has an encoder for it: with
+        `allowed` the codes, (vocab_size, num_ids) of `config.text`, an image is written.
+
         Example: `model.generate(images, start_id=1, end_id=2, max_tokens=32, num_beams=3).text`.
         """
         banned = (*options.pop("banned", ()), *self.config.text.task_ids)
+        options.setdefault("allowed", (0, self.config.text.vocab_size))
         search = SearchOptions(start_id, end_id, max_tokens, banned=banned, **options)
         self._need(self.lm_head, "a text decoder")
         if max_tokens > self.config.text.context_length:
@@ -303,12 +309,17 @@ class VLPModel(Heads):
                 f"max_tokens must be <= text.context_length {self.config.text.context_length}, "
                 f"got {max_tokens}"
             )
+        if images is None and prompt is None:
+            raise ValueError("generate: neither images nor a prompt")
+        size = len(prompt if images is None else images)
         with torch.no_grad():
-            keys = self.image_keys(self.encode_image(images).tokens)
-            if self.config.fusion.kind == "seq2seq":
-                own = torch.arange(len(images), device=self.device)
+            keys = None
+            if images is not None:
+                keys = self.image_keys(self.encode_image(images).tokens)
+            if images is None or self.config.fusion.kind == "seq2seq":
+                own = torch.arange(size, device=self.device)
                 keys, prompt = self.read(keys, own, prompt), None
-            return generate(self, keys, len(images), search, prompt)
+            return generate(self, keys, size, search, prompt)
 
     def encode_words(self) -> Tensor:
         """Features (V, E) of the vocabulary's words, each a text of its own (Uni-Perceiver)."""
@@ -343,7 +354,7 @@ def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | CoTower | N
     if config.kind == "co":
         return CoTower(config, model.vision)
     if config.kind == "seq2seq":
-        return Seq2SeqTower(config, model.vision.dim)
+        return Seq2SeqTower(config, model.vision)
     if config.kind == "prefix":
         return PrefixTower(config, model.vision.dim)
     return ConcatTower(config) if config.kind == "concat" else FusionTower(config, model.vision.dim)

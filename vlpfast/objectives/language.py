@@ -47,15 +47,19 @@ def _word_loss(passes: Passes, rows: Rows, places: Tensor, target: Tensor, **opt
 
 def lm(passes: Passes) -> Loss:
     """Each caption's next tokens, from its start token to its end token, by the decoder on the
-    caption's image; the text tower's pass is the one that the contrast has.
+    caption's image; the text tower's pass is the one that the contrast has. Images that are drawn
+    are written from their prompts alone.
     """
-    size, text = len(passes.batch), passes.batch.text
+    size, text, drawn = len(passes.batch), passes.batch.text, passes.batch.drawn
     own = torch.arange(size, device=text.values.device)
-    tokens = passes.student.text.tokens
+    tokens, keys, shown = passes.student.text.tokens, passes.student.keys, own
+    if drawn is not None:
+        keys = Ragged.cat([keys, Ragged.empty(keys.values)])
+        shown = own.index_fill(0, drawn, size)
     states = passes.model.decode(
         text,
-        passes.student.keys,
-        own,
+        keys,
+        shown,
         prompt=passes.batch.prompt,
         tokens=tokens if len(tokens) == size else tokens.select(own),
         seed=fold_seed(passes.seed, 5),

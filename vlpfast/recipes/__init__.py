@@ -29,6 +29,7 @@ _SYSTEMS = (
     "siglip",
     "uni_perceiver",
     "uni_perceiver_moe",
+    "unified_io",
     "uniter",
     "vilbert",
     "vilt",

@@ -60,7 +60,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
         with world.main_first("the first process to index the data"):
             index = open_index(config.data)
             tokenizer = open_tokenizer(config, index, resume)
-        guide = Guide.open(config.objectives, world.device)
+        guide = Guide.open(config.objectives, world.device, draws="image" in config.data.tasks)
         config = fit_parts(fit_answers(config, index), tokenizer, guide)
         seed = config.train.seed
         # Only the initial weights are drawn from the global generator.
@@ -83,6 +83,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
                 rank=world.rank,
                 world=world.size,
                 start_step=micro_batch,
+                num_codes=guide.num_codes if guide is not None else 0,
             )
 
         run = run_of(config, index, tokenizer, guide, notes)
@@ -120,7 +121,7 @@ def prepare(batch: Batch, config: RunConfig, tokenizer: Tokenizer, guide: Guide 
     if guide is not None:
         bf16 = config.train.precision == "amp_bf16"
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
-            batch = guide.fill(batch)
+            batch = guide.fill(batch, first_code=config.model.text.vocab_size)
     return batch
 
 
@@ -190,6 +191,11 @@ def fit_parts(config: RunConfig, tokenizer: Tokenizer, guide: Guide | None = Non
             "data.max_tokens is of prompt and text each, which share model.text.context_length "
             f"{text.context_length}: with data.tasks it must be at most half, "
             f"got {config.data.max_tokens}"
+        )
+    if config.data.locations != len(tokenizer.locations):
+        raise ValueError(
+            f"data.locations is {config.data.locations}, and the tokenizer has "
+            f"{len(tokenizer.locations)} location tokens"
         )
     masks = config.objectives.mlm or config.objectives.mtm
     if masks and tokenizer.mask_id is None:

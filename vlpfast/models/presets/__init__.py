@@ -36,6 +36,7 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "pali": seq2seq.pali,
     "pixel-bert": concat.pixel_bert,
     "siglip": dual.siglip,
+    "unified-io": seq2seq.unified_io,
     "uni-perceiver": generalist.uni_perceiver,
     "uni-perceiver-moe": generalist.uni_perceiver_moe,
     "uniter": concat.uniter,

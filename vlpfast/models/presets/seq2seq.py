@@ -1,4 +1,6 @@
-"""An encoder of image and prompt, and a decoder that writes what answers it."""
+"""An encoder of image and prompt, and a decoder that writes what answers it: in words, or in any
+token of one vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -44,4 +46,48 @@ def pali(size: str) -> ModelConfig:
         fusion=FusionConfig(**shape, depth=depth, kind="seq2seq", causal=True),
         lm_head="linear",
         match_head=False,
+    )
+
+
+def unified_io(size: str) -> ModelConfig:
+    """Unified-IO: an encoder of raw patches and prompt, a decoder, and one vocabulary of words,
+    location tokens and image codes, read and written by one table; every task is tokens out.
+
+    Base is T5's: 12 + 12 layers of 768 with 12 heads, 384 px in patches of 16, 33,152 words and
+    locations (1,000 of them) and 16,384 codes; texts, and images that are written, of at most 256
+    tokens.
+
+    Deviations: learned positions alone, one table for prompts and texts, in place of relative
+    biases and of projected absolute ones (3.5 M); LayerNorm and biases in place of RMSNorm; an MLP
+    of 3072 in place of a gated one of 2048 (as many weights); which segment a token is of is told
+    the encoder alone; logits are of the whole vocabulary, not of words or codes by the task, and
+    not divided by sqrt(768), as the table begins narrow.
+
+    Source: Lu et al. 2022, arXiv:2206.08916; allenai/unified-io-inference uio/configs.py,
+        uio/network.py.
+    """
+    base = size == "base"
+    if base:
+        shape, image_size, patch_size, depth = {"dim": 768, "heads": 12}, 384, 16, 12
+    else:
+        shape, image_size, patch_size, (_, text_depth, fusion_depth) = compact(size)
+        depth = text_depth + fusion_depth
+    tokens = {**shape, "depth": 0, "embed_norm": True}
+    return ModelConfig(
+        "unified-io",
+        size,
+        image_size=image_size,
+        embed_dim=0,
+        vision=VisionConfig(**tokens, patch_size=patch_size, class_token=False, pool="mean"),
+        text=TextConfig(
+            **tokens,
+            vocab_size=33_152 if base else 4096,
+            context_length=258 if base else 80,
+            image_codes=16_384 if base else 256,
+        ),
+        fusion=FusionConfig(**shape, depth=depth, kind="seq2seq", causal=True, modality_types=True),
+        lm_head="table",
+        match_head=False,
+        image_mean=(0.485, 0.456, 0.406),
+        image_std=(0.229, 0.224, 0.225),
     )
