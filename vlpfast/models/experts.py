@@ -49,16 +49,8 @@ class ExpertTower(nn.Module):
             self.first_word = 1 + side * side
         self.blocks = nn.ModuleList(
             ExpertBlock(
-                config.dim,
-                config.heads,
+                **config.block,
                 experts=config.experts,
-                mlp_ratio=config.mlp_ratio,
-                norm=config.norm,
-                norm_eps=config.norm_eps,
-                activation=config.activation,
-                dropout=config.dropout,
-                attention_dropout=config.attention_dropout,
-                layer_scale=config.layer_scale,
                 key_bias=config.key_bias,
                 joint=number >= self.fork,
             )

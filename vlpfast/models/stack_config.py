@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+_OF_BLOCKS = (
+    "dim",
+    "heads",
+    "mlp_ratio",
+    "norm",
+    "norm_eps",
+    "activation",
+    "dropout",
+    "attention_dropout",
+    "layer_scale",
+)
+
 
 @dataclass(frozen=True)
 class StackConfig:
@@ -34,6 +46,11 @@ class StackConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     layer_scale: float = 0.0
+
+    @property
+    def block(self) -> dict:
+        """What a block of any kind takes of it."""
+        return {name: getattr(self, name) for name in _OF_BLOCKS}
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ def _two_streams(
     base: dict | None = None,
     **model,
 ) -> ModelConfig:
-    """Text and fusion as BERT; `image` is what differs of the image stream, `base` what size base has
-    besides.
+    """Text and fusion as BERT; `image` is what differs of the image stream, `base` what size base
+    has besides.
     """
     base = base or {}
     return build(
