@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +67,14 @@ class Ragged:
         return cls(
             torch.cat([p.values for p in parts]), torch.cat(offsets), max(p.max_len for p in parts)
         )
+
+    @classmethod
+    def join(cls, first: Ragged, second: Ragged, rows: Tensor | None = None) -> Joined:
+        """R sequences: sequence r of `first`, then `rows[r]` (R,) int64 of `second`; None: r."""
+        size = len(first)
+        own = torch.arange(size, device=first.cu_seqlens.device)
+        order = torch.stack([own, size + (own if rows is None else rows)], 1).flatten()
+        return Joined(cls.cat([first, second]).select(order), (first.max_len, second.max_len))
 
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1
@@ -148,3 +157,32 @@ class Ragged:
         padded = self.values.new_full((len(self), self.max_len, *self.values.shape[1:]), value)
         padded[valid] = self.values
         return padded, valid
+
+
+class Joined(NamedTuple):
+    """What `Ragged.join` made: pieces, 2 R sequences of which 2 r and 2 r + 1 are the two parts of
+    one; max_lens, bounds of the parts' lengths.
+    """
+
+    pieces: Ragged
+    max_lens: tuple[int, int]
+
+    @property
+    def whole(self) -> Ragged:
+        """The R sequences."""
+        # Every other offset: two parts are one sequence.
+        bounds = self.pieces.cu_seqlens[::2].contiguous()
+        return Ragged(self.pieces.values, bounds, sum(self.max_lens))
+
+    def part(self, number: int, values: Tensor | None = None) -> Ragged:
+        """The first (0) or the second (1) part of each sequence, of other `values` (T, ...)."""
+        pieces = self.pieces if values is None else self.pieces.with_values(values)
+        return replace(pieces.select(self._rows(number)), max_len=self.max_lens[number])
+
+    def token_ids(self, number: int) -> Tensor:
+        """Packed indices of the tokens of those parts."""
+        return self.pieces.token_ids_of(self._rows(number))[0]
+
+    def _rows(self, number: int) -> Tensor:
+        size, device = len(self.pieces), self.pieces.cu_seqlens.device
+        return torch.arange(number, size, 2, device=device)

@@ -90,6 +90,21 @@ def test_layout_is_not_padded(tower):
     assert layout.cu_seqlens.tolist() == [0, 7, 12]
 
 
+def test_joined_sequences_part_again():
+    first = Ragged.from_lists([[1, 2, 3], [4], [5, 6]])
+    second = Ragged.from_lists([[7], [8, 9, 10, 11]])
+    joined = Ragged.join(first, second, torch.tensor([1, 0, 1]))
+    assert joined.whole.values.tolist() == [1, 2, 3, 8, 9, 10, 11, 4, 7, 5, 6, 8, 9, 10, 11]
+    assert joined.whole.cu_seqlens.tolist() == [0, 7, 9, 15]
+    assert joined.whole.max_len == 7
+    parts = [joined.part(number, -joined.whole.values) for number in (0, 1)]
+    assert parts[0].values.tolist() == (-first.values).tolist()
+    assert parts[1].values.tolist() == [-8, -9, -10, -11, -7, -8, -9, -10, -11]
+    assert [part.max_len for part in parts] == [3, 4]
+    assert joined.token_ids(1).tolist() == [3, 4, 5, 6, 8, 11, 12, 13, 14]
+    assert Ragged.join(second, second).whole.lens.tolist() == [2, 8]
+
+
 def test_vilt_base_has_the_published_size():
     with torch.device("meta"):
         model = VLPModel(preset_config("vilt", "base"))

@@ -93,12 +93,8 @@ class SummedRegionEmbedding(nn.Module):
         values = self.feature(torch.cat([mean, features])) + self.box(torch.cat([whole, places]))
         values = self.norm(values)[0]
         one_each = torch.arange(size + 1, dtype=torch.int32, device=offsets.device)
-        parts = [Ragged(values[:size], one_each, 1), packed.with_values(values[size:])]
-        own = one_each[:-1].long()
-        pieces = torch.stack([own, size + own], 1).flatten()
-        joined = Ragged.cat(parts).select(pieces)
-        # Every other offset: an image and its regions are one sequence.
-        return Ragged(joined.values, joined.cu_seqlens[::2].contiguous(), packed.max_len + 1)
+        images = Ragged(values[:size], one_each, 1)
+        return Ragged.join(images, packed.with_values(values[size:])).whole
 
 
 def _features(regions: Regions, keep_ids: Tensor | None, linear: nn.Linear) -> Tensor:

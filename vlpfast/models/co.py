@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlpfast.layers.block import Block, Layout, Mlp, ResidualNorm
 from vlpfast.models.config import FusionConfig, StackConfig
+from vlpfast.models.fusion import ConcatTower
 from vlpfast.models.outputs import FusedOutput
 from vlpfast.ops.attention import attention
 from vlpfast.ops.seed import fold_seed
@@ -77,7 +78,7 @@ class CoLayer(nn.Module):
         sides = (text,) if text.tied else (text, image)
         self.cross = nn.ModuleList(CoSide(side, image.dim) for side in sides)
         self.mlps = nn.ModuleList(CoMlp(s) for s in (text, image)) if text.co_mlp else None
-        self.own = nn.ModuleList(_block(stream) for stream in (text, image))
+        self.own = nn.ModuleList(Block(**stream.block) for stream in (text, image))
 
     def forward(
         self, text: Stream, image: Stream, reads: Reads | None, seed: int
@@ -169,17 +170,13 @@ class CoLayer(nn.Module):
 class CoTower(nn.Module):
     """Layers of two streams; the text's shape is the fusion stack's, the image's the vision's."""
 
+    image_keys = ConcatTower.image_keys
+
     def __init__(self, text: FusionConfig, image: StackConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(CoLayer(text, image) for _ in range(text.depth))
         norms = [ResidualNorm(s.dim, s.norm_eps, s.dropout) for s in (text, image)]
         self.norms = nn.ModuleList(norms) if text.norm == "pre" else None
-
-    def image_keys(self, image_tokens: Tensor | Ragged) -> Ragged:
-        """Image tokens (B, N, D) or packed, as `forward` reads them: packed."""
-        if isinstance(image_tokens, Ragged):
-            return image_tokens
-        return Ragged.from_dense(image_tokens)
 
     def forward(self, text: Ragged, keys: Ragged, kv_index: Tensor, seed: int = 0) -> FusedOutput:
         """Row r joins text r and image `kv_index[r]`; nothing is padded.
@@ -205,16 +202,3 @@ class CoTower(nn.Module):
             for s, norm in zip(streams, self.norms or (None, None), strict=True)
         )
         return FusedOutput(text.with_values(words), Ragged(places, cu_seqlens, keys.max_len))
-
-
-def _block(config: StackConfig) -> Block:
-    return Block(
-        config.dim,
-        config.heads,
-        mlp_ratio=config.mlp_ratio,
-        norm=config.norm,
-        norm_eps=config.norm_eps,
-        activation=config.activation,
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-    )

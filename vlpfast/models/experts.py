@@ -51,16 +51,8 @@ class ExpertTower(nn.Module):
         rates = path_rates(config.drop_path_rate, config.depth)
         self.blocks = nn.ModuleList(
             ExpertBlock(
-                config.dim,
-                config.heads,
+                **config.block,
                 experts=config.experts,
-                mlp_ratio=config.mlp_ratio,
-                norm=config.norm,
-                norm_eps=config.norm_eps,
-                activation=config.activation,
-                dropout=config.dropout,
-                attention_dropout=config.attention_dropout,
-                layer_scale=config.layer_scale,
                 key_bias=config.key_bias,
                 joint=number >= self.fork,
                 drop_path=rates[number],

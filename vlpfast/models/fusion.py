@@ -12,10 +12,9 @@ from vlpfast.layers.block import Block, CrossKeys, Layout
 from vlpfast.layers.keys import KeyCache, KeyNorm
 from vlpfast.models.config import FusionConfig
 from vlpfast.models.outputs import FusedOutput
-from vlpfast.models.stack import final_norm, finish, make_blocks
+from vlpfast.models.stack import final_norm, finish, make_blocks, run_blocks
 from vlpfast.models.towers import TextTower
-from vlpfast.ops.seed import fold_seed
-from vlpfast.ragged import Ragged
+from vlpfast.ragged import Joined, Ragged
 
 
 class ImageKeys(NamedTuple):
@@ -66,14 +65,11 @@ class FusionTower(nn.Module):
         cache: KeyCache | None = None,
     ) -> FusedOutput:
         """With a `cache`, `text` goes on from the tokens that are in it."""
-        branch, residual = None, text.values
         blocks = "causal" if self.causal else None
         layout = Layout(text.cu_seqlens, text.max_len, blocks, cache=cache)
-        for number, block in enumerate(self.blocks):
-            branch, residual = block(
-                branch, residual, layout, keys.layer(number, kv_index), fold_seed(seed, number)
-            )
-        return FusedOutput(text.with_values(finish(self.norm, branch, residual, seed)), None)
+        read = lambda number: keys.layer(number, kv_index)
+        state = run_blocks(self.blocks, (None, text.values), layout, seed, read=read)
+        return FusedOutput(text.with_values(finish(self.norm, *state, seed)), None)
 
 
 class ConcatTower(nn.Module):
@@ -127,41 +123,31 @@ class ConcatTower(nn.Module):
         if self.modality is not None:
             text = text.with_values(text.values + self.modality[0])
             keys = keys.with_values(keys.values + self.modality[1])
-        own = torch.arange(len(text), device=kv_index.device)
-        pieces = torch.stack([own, len(text) + kv_index], 1).flatten()
-        packed = Ragged.cat([text, keys]).select(pieces)
-        blocks = None
+        joined, blocks = Ragged.join(text, keys, kv_index), None
         if text_blocks is not None:
             of_images = keys.with_values(text_blocks.new_zeros(keys.values.shape[0]))
-            blocks = Ragged.cat([text.with_values(text_blocks), of_images]).select(pieces).values
-        # Every other offset: a text and its image are one sequence.
-        bounds, most = packed.cu_seqlens[::2].contiguous(), text.max_len + keys.max_len
-        layout = self._routed(Layout(bounds, most, blocks, cache=cache), packed, own)
-        packed = packed.with_values(self.run(packed.values, layout, seed))
+            blocks = Ragged.join(text.with_values(text_blocks), of_images, kv_index).pieces.values
+        whole = joined.whole
+        layout = Layout(whole.cu_seqlens, whole.max_len, blocks, cache=cache)
+        values = self.run(whole.values, self._routed(layout, joined), seed)
         if cache is not None:
             cache.prefix = keys.max_len
-        texts, images = packed.select(2 * own), packed.select(2 * own + 1)
-        return FusedOutput(
-            replace(texts, max_len=text.max_len), replace(images, max_len=keys.max_len)
-        )
+        return FusedOutput(joined.part(0, values), joined.part(1, values))
 
     def proceed(self, text: Ragged, cache: KeyCache, seed: int = 0) -> Ragged:
         """States of text tokens (T, D) that go on from the sequences in `cache`."""
         if self.modality is not None:
             text = text.with_values(text.values + self.modality[0])
-        layout = self._routed(Layout(text.cu_seqlens, text.max_len, cache=cache), text, None)
+        layout = self._routed(Layout(text.cu_seqlens, text.max_len, cache=cache), text)
         return text.with_values(self.run(text.values, layout, seed))
 
     def run(self, tokens: Tensor, layout: Layout, seed: int) -> Tensor:
         """The blocks and the last norm over packed tokens (T, D)."""
-        branch, residual = None, tokens
-        for number, block in enumerate(self.blocks):
-            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
-        return finish(self.norm, branch, residual, seed)
+        return finish(self.norm, *run_blocks(self.blocks, (None, tokens), layout, seed), seed)
 
-    def _routed(self, layout: Layout, packed: Ragged, own: Tensor | None) -> Layout:
-        """`layout` with what the blocks need to know of texts (pieces 2 r) and images (2 r + 1); of
-        text that goes on, `own` is None.
+    def _routed(self, layout: Layout, tokens: Joined | Ragged) -> Layout:
+        """`layout` with what the blocks need to know of joined texts and images, or of text alone
+        that goes on.
         """
         return layout
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -51,22 +49,18 @@ def decode_in_sequence(
     """
     if cache is not None and cache.prefix:
         return tower.proceed(embed(text, seed, cache), cache, seed)
-    pieces, whole, blocks = None, text, 2 + text.positions()
+    joined, whole, blocks = None, text, 2 + text.positions()
     if prompt is not None:
-        own = torch.arange(len(text), device=kv_index.device)
-        order = torch.stack([own, len(text) + own], 1).flatten()
-        pieces = Ragged.cat([prompt, text]).select(order)
+        joined = Ragged.join(prompt, text)
+        whole, pieces = joined.whole, joined.pieces
         blocks = torch.where(pieces.row_ids() % 2 == 1, 2 + pieces.positions(), 1)
-        bounds = pieces.cu_seqlens[::2].contiguous()
-        whole = Ragged(pieces.values, bounds, prompt.max_len + text.max_len)
     if cache is not None and whole.values.shape[0] != len(whole) * whole.max_len:
         raise ValueError("decode: with a cache, prompts must be of one length, and texts too")
     if tokens is None or prompt is not None:
         tokens = embed(whole, seed)
     states = tower(tokens, keys, kv_index, seed, text_blocks=blocks, cache=cache).text
-    if pieces is None:
+    if joined is None:
         return states
     if cache is not None:
         cache.advance(prompt.max_len)
-    states = pieces.with_values(states.values).select(2 * own + 1)
-    return replace(states, max_len=text.max_len)
+    return joined.part(1, states.values)

@@ -17,7 +17,7 @@ from vlpfast.layers.moe import MoeBlock, Routes
 from vlpfast.models.config import FusionConfig
 from vlpfast.models.fusion import ConcatTower
 from vlpfast.models.outputs import FusedOutput
-from vlpfast.ragged import Ragged
+from vlpfast.ragged import Joined, Ragged
 
 
 class Kind(IntEnum):
@@ -109,14 +109,14 @@ class SharedTower(ConcatTower):
         layout = Layout(packed.cu_seqlens, packed.max_len, routes=routes)
         return self.features(self.run(packed.values, layout, seed)[packed.first()])
 
-    def _routed(self, layout: Layout, packed: Ragged, own: Tensor | None) -> Layout:
+    def _routed(self, layout: Layout, tokens: Joined | Ragged) -> Layout:
         if not isinstance(self.blocks[0], MoeBlock):
             return layout
-        if own is None:
-            routes = Routes(self._attributes(Kind.CAUSAL_TEXT), (packed.values.shape[0],))
+        if isinstance(tokens, Ragged):
+            routes = Routes(self._attributes(Kind.CAUSAL_TEXT), (tokens.values.shape[0],))
             return replace(layout, routes=routes)
         text = Kind.FUSED_TEXT if layout.blocks is None else Kind.CAUSAL_TEXT
-        places = [packed.token_ids_of(2 * own + part)[0] for part in (0, 1)]
+        places = [tokens.token_ids(part) for part in (0, 1)]
         routes = Routes.of(self._attributes(text, Kind.FUSED_IMAGE), places)
         return replace(layout, routes=routes)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from vlpfast.layers.block import Block, ResidualNorm
+from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
 from vlpfast.layers.drop_path import path_rates
 from vlpfast.layers.moe import MoeBlock
 from vlpfast.models.config import StackConfig
 from vlpfast.ops.seed import fold_seed
 
+# What `Block` passes on: the last branch, not yet added, and the sum of all before it.
+State = tuple[Tensor | None, Tensor]
 # Of the names of parameters, which expert has them.
 _EXPERT = re.compile(r"\.(text|image|joint)(?=\.)")
 
@@ -32,22 +35,40 @@ def make_blocks(
     routed = {"num_experts": experts, "top_k": config.moe_top_k} if experts else {}
     return nn.ModuleList(
         (MoeBlock if experts and number % 2 == 0 else Block)(
-            config.dim,
-            config.heads,
-            mlp_ratio=config.mlp_ratio,
-            norm=config.norm,
-            norm_eps=config.norm_eps,
-            activation=config.activation,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
+            **config.block,
             cross=cross,
-            layer_scale=config.layer_scale,
             mlp_between=mlp_between,
             drop_path=rates[number],
             **(routed if number % 2 == 0 else {}),
         )
         for number in range(config.depth)
     )
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    state: State,
+    layout: Layout | Sequence[Layout],
+    seed: int,
+    *,
+    first: int = 0,
+    read: Callable[[int], CrossKeys] | None = None,
+) -> State:
+    """The state of `Block` after `blocks`.
+
+    Args:
+        blocks: some of a stack.
+        state: (branch, residual) before them; of tokens as they are embedded (None, tokens).
+        layout: of all layers of the stack, or of each.
+        seed: keys dropout.
+        first: number of the first of them in the stack.
+        read: what the layer of a number reads by cross-attention.
+    """
+    for number, block in enumerate(blocks, start=first):
+        here = layout if isinstance(layout, Layout) else layout[number]
+        keys = () if read is None else (read(number),)
+        state = block(*state, here, *keys, seed=fold_seed(seed, number))
+    return state
 
 
 def final_norm(config: StackConfig) -> ResidualNorm | None:

@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+_OF_BLOCKS = (
+    "dim",
+    "heads",
+    "mlp_ratio",
+    "norm",
+    "norm_eps",
+    "activation",
+    "dropout",
+    "attention_dropout",
+    "layer_scale",
+)
+
 
 @dataclass(frozen=True)
 class StackConfig:
@@ -37,6 +49,11 @@ class StackConfig:
     attention_dropout: float = 0.0
     layer_scale: float = 0.0
     drop_path_rate: float = 0.0
+
+    @property
+    def block(self) -> dict:
+        """What a block of any kind takes of it."""
+        return {name: getattr(self, name) for name in _OF_BLOCKS}
 
 
 @dataclass(frozen=True)

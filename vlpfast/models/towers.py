@@ -18,7 +18,7 @@ from vlpfast.layers.pooler import MapPooler, QueryPooler
 from vlpfast.layers.position_bias import RelativeBias, window_displacements
 from vlpfast.layers.region import REGION_EMBEDDINGS
 from vlpfast.models.config import ModelConfig, StackConfig, TextConfig, VisionConfig
-from vlpfast.models.stack import final_norm, finish, make_blocks
+from vlpfast.models.stack import final_norm, finish, make_blocks, run_blocks
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
@@ -65,7 +65,7 @@ class VisionTower(nn.Module):
         self.relative_bias = _relative_bias(config, model)
         self.blocks = make_blocks(config)
         self.norm = final_norm(config)
-        self.early_layers = config.early_layers
+        self.early_layers = config.early_layers if config.early_layers <= config.depth else 0
         early, head = config.early_layers, config.head_layers
         self.head_blocks = make_blocks(
             replace(config, depth=head), first=early, of=max(config.depth, early + head)
@@ -104,23 +104,22 @@ class VisionTower(nn.Module):
         if self.relative_bias is not None and keep_ids is not None:
             raise ValueError("keep_ids drops patches, and the relative bias is of all of them")
         mask = () if hidden is None else (hidden,)
-        tokens, early = self.embedding(images, keep_ids, *mask), None
+        tokens = self.embedding(images, keep_ids, *mask)
         packed = tokens if isinstance(tokens, Ragged) else None
-        branch, residual = None, tokens if packed is None else packed.values
+        residual = tokens if packed is None else packed.values
         if self.embed_norm is not None:
             residual, _ = self.embed_norm(residual)
         layout = Layout() if packed is None else Layout(packed.cu_seqlens, packed.max_len)
-        layouts = self._layouts(layout)
-        for number, block in enumerate(self.blocks):
-            branch, residual = block(
-                branch, residual, layouts[number], seed=fold_seed(seed, number)
-            )
-            if hidden is not None and number + 1 == self.early_layers:
-                early = residual + branch
-        if early is not None:
-            out, last = self.norm(branch, residual, fold_seed(seed, -1))
-            return out, self._class_head(torch.cat([last[:, :1], early[:, 1:]], 1), layouts, seed)
-        out = finish(self.norm, branch, residual, seed)
+        layouts, early = self._layouts(layout), 0 if hidden is None else self.early_layers
+        blocks = list(self.blocks)
+        state = run_blocks(blocks[:early], (None, residual), layouts, seed)
+        if early:
+            patches = (state[1] + state[0])[:, 1:]
+        state = run_blocks(blocks[early:], state, layouts, seed, first=early)
+        if early:
+            out, last = self.norm(*state, fold_seed(seed, -1))
+            return out, self._class_head(torch.cat([last[:, :1], patches], 1), layouts, seed)
+        out = finish(self.norm, *state, seed)
         if self.queries is not None:
             out = self.queries(out)
         return (out if packed is None else packed.with_values(out)), None
@@ -130,12 +129,9 @@ class VisionTower(nn.Module):
 
         Source: Peng et al. 2022 (BEiT v2), section 2.3, arXiv:2208.06366.
         """
-        branch, residual = None, tokens
-        for number, block in enumerate(self.head_blocks, start=len(self.blocks)):
-            branch, residual = block(
-                branch, residual, layouts[number], seed=fold_seed(seed, number)
-            )
-        return finish(self.norm, branch, residual, fold_seed(seed, len(layouts)))
+        first = len(self.blocks)
+        state = run_blocks(self.head_blocks, (None, tokens), layouts, seed, first=first)
+        return finish(self.norm, *state, fold_seed(seed, len(layouts)))
 
     def _layouts(self, layout: Layout) -> list[Layout]:
         """`layout` with each layer's bias, the head's blocks last."""
@@ -164,10 +160,8 @@ class PatchDecoder(nn.Module):
         self.norm = final_norm(config)
 
     def forward(self, x: Tensor, seed: int = 0) -> Tensor:
-        branch, residual = None, self.embed(x) + self.position
-        for number, block in enumerate(self.blocks):
-            branch, residual = block(branch, residual, Layout(), seed=fold_seed(seed, number))
-        return finish(self.norm, branch, residual, seed)
+        x = self.embed(x) + self.position
+        return finish(self.norm, *run_blocks(self.blocks, (None, x), Layout(), seed), seed)
 
 
 class TextTower(nn.Module):
@@ -201,11 +195,9 @@ class TextTower(nn.Module):
         if self.class_token is not None and cache is None:
             last = self.class_token + self.embedding.position[-1]
             text = text.append(last.to(text.values.dtype).expand(len(text), -1))
-        branch, residual = None, text.values
         blocks = "causal" if self.causal else None
         layout = Layout(text.cu_seqlens, text.max_len, blocks, cache=cache)
-        for number, block in enumerate(self.blocks):
-            branch, residual = block(branch, residual, layout, seed=fold_seed(seed, number))
+        branch, residual = run_blocks(self.blocks, (None, text.values), layout, seed)
         if self.class_token is None:
             return text.with_values(finish(self.norm, branch, residual, seed))
         out = residual + branch

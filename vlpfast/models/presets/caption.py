@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlpfast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
-from vlpfast.models.presets.sizes import COMPACT, compact
+from vlpfast.models.config import ModelConfig
+from vlpfast.models.presets.sizes import BERT, SHAPES, build
 
 
 def coca(size: str) -> ModelConfig:
@@ -17,32 +17,23 @@ def coca(size: str) -> ModelConfig:
 
     Source: Yu et al. 2022, arXiv:2205.01917, table 1 and section 3.2; open_clip coca_model.py.
     """
-    common = {"norm_eps": 1e-5}
-    pooled = {"pool": "cascade", "num_queries": 256 if size == "base" else 64}
-    words = {"causal": True, "pool": "appended"}
-    if size == "base":
-        return ModelConfig(
-            "coca",
-            size,
-            image_size=288,
-            embed_dim=768,
-            vision=VisionConfig(768, 12, 12, patch_size=18, **pooled, **common),
-            text=TextConfig(768, 12, 12, vocab_size=64000, context_length=64, **words, **common),
-            fusion=FusionConfig(768, 12, 12, causal=True, **common),
-            lm_head="linear",
-            match_head=False,
-        )
-    shape, image_size, patch_size, (vision, text, fusion) = compact(size)
-    return ModelConfig(
+    shape, eps = SHAPES[size], {"norm_eps": 1e-5}
+    base = size == "base"
+    return build(
         "coca",
         size,
-        image_size=image_size,
-        embed_dim=shape["dim"],
-        vision=VisionConfig(**shape, depth=vision, patch_size=patch_size, **pooled, **common),
-        text=TextConfig(**shape, depth=text, context_length=77, **words, **common),
-        fusion=FusionConfig(**shape, depth=fusion, causal=True, **common),
+        (12, 12, 12) if base else (shape.vision, shape.text, shape.fusion),
+        vision={"pool": "cascade", "num_queries": 256 if base else 64} | eps,
+        text={"causal": True, "pool": "appended"} | eps,
+        fusion={"causal": True} | eps,
+        embed_dim=shape.dim,
         lm_head="linear",
         match_head=False,
+        base={
+            "image_size": 288,
+            "vision": {"patch_size": 18},
+            "text": {"vocab_size": 64000, "context_length": 64},
+        },
     )
 
 
@@ -55,35 +46,20 @@ def blip(size: str) -> ModelConfig:
 
     Source: Li et al. 2022, arXiv:2201.12086; salesforce/BLIP models/blip_pretrain.py and med.py.
     """
-    heads = {
-        "lm_head": "tied",
-        "decoder": True,
-        "projection_bias": True,
-        "scale": "temperature",
-        "scale_min": 2.0,
-        "scale_max": 1000.0,
-    }
-    tokens = {"pool": "first", "embed_norm": True, "task_tokens": 2}
-    if size == "base":
-        bert = {"norm": "post", "norm_eps": 1e-12, "dropout": 0.1, "attention_dropout": 0.1}
-        return ModelConfig(
-            "blip",
-            size,
-            image_size=224,
-            embed_dim=256,
-            vision=VisionConfig(768, 12, 12, patch_size=16),
-            text=TextConfig(768, 12, 12, vocab_size=30524, context_length=512, **tokens, **bert),
-            fusion=FusionConfig(768, 12, 12, shares_text=True, **bert),
-            **heads,
-        )
-    shape, image_size, patch_size, (vision, _, depth) = compact(size)
-    return ModelConfig(
+    shape, words = SHAPES[size], {"vocab_size": 30524, "context_length": 512}
+    depth = 12 if size == "base" else shape.fusion
+    return build(
         "blip",
         size,
-        image_size=image_size,
-        embed_dim=COMPACT[size]["embed_dim"],
-        vision=VisionConfig(**shape, depth=vision, patch_size=patch_size),
-        text=TextConfig(**shape, depth=depth, context_length=77, **tokens),
-        fusion=FusionConfig(**shape, depth=depth, shares_text=True),
-        **heads,
+        (shape.vision, depth, depth),
+        text={"pool": "first", "embed_norm": True, "task_tokens": 2},
+        fusion={"shares_text": True},
+        embed_dim=shape.embed_dim,
+        lm_head="tied",
+        decoder=True,
+        projection_bias=True,
+        scale="temperature",
+        scale_min=2.0,
+        scale_max=1000.0,
+        base={"embed_dim": 256, "text": words | BERT, "fusion": BERT},
     )

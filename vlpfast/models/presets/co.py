@@ -6,8 +6,8 @@ scenes; for others set `vision.region_dim` and `vision.region_classes`.
 
 from __future__ import annotations
 
-from vlpfast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
-from vlpfast.models.presets.sizes import compact
+from vlpfast.models.config import ModelConfig
+from vlpfast.models.presets.sizes import BERT, BERT_WORDS, SHAPES, build
 
 
 def _two_streams(
@@ -17,37 +17,27 @@ def _two_streams(
     *,
     image: dict,
     fusion: dict,
-    image_size: int = 224,
+    base: dict | None = None,
     **model,
 ) -> ModelConfig:
-    """Text and fusion as BERT; `image` is what differs of the image stream. `depths` are those of
-    vision, text and fusion; `image_size` is base's.
+    """Text and fusion as BERT; `image` is what differs of the image stream, `base` what size base
+    has besides.
     """
-    base = size == "base"
-    shape = {"dim": 768, "heads": 12} if base else compact(size)[0]
-    norm = {"norm": "post", "norm_eps": 1e-12} if base else {"norm_eps": 1e-6}
-    dropout = {"dropout": 0.1, "attention_dropout": 0.1} if base else {}
-    vision, text, co = depths
-    regions = {"region_dim": 2048 if base else 64, "region_classes": 1601 if base else 65}
-    return ModelConfig(
+    base = base or {}
+    return build(
         preset,
         size,
-        image_size=image_size if base else compact(size)[1],
-        embed_dim=0,
-        vision=VisionConfig(
-            **shape | {"depth": vision, "front": "regions"} | norm | dropout | regions | image
-        ),
-        text=TextConfig(
-            **shape | {"depth": text} | norm | dropout,
-            vocab_size=30522 if base else 4096,
-            context_length=512 if base else 77,
-            pool="first",
-            embed_norm=True,
-            token_types=2,
-        ),
-        fusion=FusionConfig(**shape | {"depth": co, "kind": "co"} | norm | dropout | fusion),
-        mlm_head=True,
-        **{"region_heads": True} | model,
+        depths,
+        vision={"front": "regions", "region_dim": 64, "region_classes": 65} | image,
+        text={"pool": "first", "embed_norm": True, "token_types": 2},
+        fusion={"kind": "co"} | fusion,
+        base=base
+        | {
+            "vision": {"region_dim": 2048, "region_classes": 1601} | BERT | base.get("vision", {}),
+            "text": BERT_WORDS | BERT,
+            "fusion": BERT,
+        },
+        **{"mlm_head": True, "region_heads": True} | model,
     )
 
 
@@ -61,15 +51,14 @@ def vilbert(size: str) -> ModelConfig:
     Source: Lu et al. 2019, arXiv:1908.02265; facebookresearch/vilbert-multi-task
     config/bert_base_6layer_6conect.json.
     """
-    image = {"region_kind": "vilbert", "mlp_ratio": 1.0}
-    image |= {"dim": 1024, "heads": 8} if size == "base" else {}
-    _, text, co = (0, 6, 6) if size == "base" else compact(size)[3]
+    shape = SHAPES[size]
     return _two_streams(
         "vilbert",
         size,
-        (0, text, co),
-        image=image,
+        (0, shape.text, shape.fusion),
+        image={"region_kind": "vilbert", "mlp_ratio": 1.0},
         fusion={"co_mlp": True, "pair_pooler": True},
+        base={"vision": {"dim": 1024, "heads": 8}},
     )
 
 
@@ -80,11 +69,10 @@ def lxmert(size: str) -> ModelConfig:
 
     Source: Tan & Bansal 2019, arXiv:1908.07490; airsplay/lxmert src/lxrt/modeling.py.
     """
-    _, text, co = (5, 9, 5) if size == "base" else compact(size)[3]
     return _two_streams(
         "lxmert",
         size,
-        (co, text, co),
+        _lxmert_depths(size),
         image={"region_kind": "lxmert", "region_attributes": 401 if size == "base" else 0},
         fusion={"tied": True, "pooler": True},
         answers=9500 if size == "base" else 0,
@@ -101,16 +89,24 @@ def x_lxmert(size: str) -> ModelConfig:
 
     Source: Cho et al. 2020, arXiv:2009.11278, section 4.
     """
-    base = size == "base"
-    _, text, co = (5, 9, 5) if base else compact(size)[3]
-    cells = compact(size)[2] if not base else 32
     return _two_streams(
         "x-lxmert",
         size,
-        (co, text, co),
-        image={"front": "grid", "cnn": "resnet50" if base else "small", "patch_size": cells},
+        _lxmert_depths(size),
+        image={"front": "grid"},
         fusion={"tied": True, "pooler": True},
-        image_size=256,
         region_heads=False,
-        codes=10_000 if base else 256,
+        codes=256,
+        base={
+            "image_size": 256,
+            "codes": 10_000,
+            "vision": {"cnn": "resnet50", "patch_size": 32},
+        },
     )
+
+
+def _lxmert_depths(size: str) -> tuple[int, int, int]:
+    if size == "base":
+        return 5, 9, 5
+    shape = SHAPES[size]
+    return shape.fusion, shape.text, shape.fusion

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from vlpfast.models.config import CodebookConfig, ModelConfig, TextConfig, VisionConfig
-from vlpfast.models.presets.sizes import compact
+from vlpfast.models.config import CodebookConfig, ModelConfig
+from vlpfast.models.presets.sizes import HALF, IMAGENET, SHAPES, build
 
-_NO_TEXT = TextConfig(0, 0, 1, kind="none")
+_NO_TEXT = {"dim": 0, "heads": 1, "kind": "none"}
 _COMPACT_CODES = 256
-
-
-def _images_alone(preset: str, size: str, *, vision: dict, **model) -> ModelConfig:
-    """ViT-B/16 of 224 px, or a compact model's vision tower."""
-    shape, image_size, patch_size, depth = {"dim": 768, "heads": 12}, 224, 16, 12
-    if size != "base":
-        shape, image_size, patch_size, (depth, _, _) = compact(size)
-    return ModelConfig(
-        preset,
-        size,
-        image_size=image_size,
-        embed_dim=0,
-        vision=VisionConfig(**shape, depth=depth, patch_size=patch_size, **vision),
-        text=_NO_TEXT,
-        **model,
-    )
 
 
 def beit2(size: str) -> ModelConfig:
@@ -33,11 +17,11 @@ def beit2(size: str) -> ModelConfig:
 
     Source: Peng et al. 2022, arXiv:2208.06366; microsoft/unilm beit2/PRETRAINING.md.
     """
-    base = size == "base"
-    depth = 12 if base else compact(size)[3][0]
-    return _images_alone(
+    depth = SHAPES[size].vision
+    return build(
         "beit2",
         size,
+        (depth, 0, 0),
         vision={
             "position": "none",
             "relative_bias": "shared",
@@ -45,9 +29,10 @@ def beit2(size: str) -> ModelConfig:
             "early_layers": 3 * depth // 4,
             "head_layers": 2,
         },
-        codes=8192 if base else _COMPACT_CODES,
-        image_mean=(0.485, 0.456, 0.406),
-        image_std=(0.229, 0.224, 0.225),
+        text=_NO_TEXT,
+        codes=_COMPACT_CODES,
+        base={"codes": 8192},
+        **IMAGENET,
     )
 
 
@@ -57,14 +42,12 @@ def vqkd(size: str) -> ModelConfig:
 
     Source: as `beit2`, section 2.1; microsoft/unilm beit2/TOKENIZER.md.
     """
-    codebook = CodebookConfig(8192)
-    if size != "base":
-        codebook = CodebookConfig(_COMPACT_CODES, 16, decoder_depth=1, target_dim=128)
-    return _images_alone(
+    return build(
         "vqkd",
         size,
-        vision={},
-        codebook=codebook,
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
+        (SHAPES[size].vision, 0, 0),
+        text=_NO_TEXT,
+        codebook=CodebookConfig(_COMPACT_CODES, 16, decoder_depth=1, target_dim=128),
+        base={"codebook": CodebookConfig(8192)},
+        **HALF,
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from vlpfast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
-from vlpfast.models.presets.sizes import COMPACT, compact
-
-_HALF = (0.5, 0.5, 0.5)
+from vlpfast.models.config import ModelConfig
+from vlpfast.models.presets.sizes import HALF, SHAPES, build
 
 
 def beit3(size: str) -> ModelConfig:
@@ -16,41 +14,22 @@ def beit3(size: str) -> ModelConfig:
     Source: Wang et al. 2022, arXiv:2208.10442; microsoft/unilm beit3/modeling_utils.py, torchscale
     model/BEiT3.py.
     """
-    base = size == "base"
-    shape, image_size, patch_size, (_, text, fusion) = (
-        ({"dim": 768, "heads": 12}, 224, 16, (0, 6, 6)) if base else compact(size)
-    )
-    eps = {"norm_eps": 1e-5}
-    return ModelConfig(
+    shape, eps = SHAPES[size], {"norm_eps": 1e-5}
+    return build(
         "beit3",
         size,
-        image_size=image_size,
-        embed_dim=768 if base else COMPACT[size]["embed_dim"],
-        vision=VisionConfig(**shape, depth=0, patch_size=patch_size, **eps),
-        text=TextConfig(
-            **shape,
-            depth=0,
-            vocab_size=64010 if base else 4096,
-            context_length=1022 if base else 77,
-            pool="first",
-            **eps,
-        ),
-        fusion=FusionConfig(
-            **shape,
-            depth=text + fusion,
-            kind="concat",
-            norm="sub",
-            experts="multiway",
-            order="image",
-            **eps,
-        ),
-        codes=8192 if base else 256,
+        (0, 0, shape.text + shape.fusion),
+        vision=eps,
+        text={"pool": "first"} | eps,
+        fusion={"kind": "concat", "norm": "sub", "experts": "multiway", "order": "image"} | eps,
+        embed_dim=shape.embed_dim,
+        codes=256,
         mlm_head=True,
         mlm_transform=False,
         mlm_tied=False,
         match_head=False,
-        image_mean=_HALF,
-        image_std=_HALF,
+        base={"codes": 8192, "text": {"vocab_size": 64010, "context_length": 1022}},
+        **HALF,
     )
 
 
@@ -65,44 +44,39 @@ def vlmo(size: str) -> ModelConfig:
     Source: Bao et al. 2022, arXiv:2111.02358; microsoft/unilm vlmo/modules/vlmo_module.py,
     multiway_transformer.py, config.py.
     """
-    base = size == "base"
-    shape, image_size, patch_size, (_, text, fusion) = (
-        ({"dim": 768, "heads": 12}, 224, 16, (0, 6, 6)) if base else compact(size)
-    )
-    return ModelConfig(
+    shape = SHAPES[size]
+    return build(
         "vlmo",
         size,
-        image_size=image_size,
-        embed_dim=768 if base else COMPACT[size]["embed_dim"],
-        vision=VisionConfig(**shape, depth=0, patch_size=patch_size, position="none"),
-        text=TextConfig(
-            **shape,
-            depth=0,
-            vocab_size=30522 if base else 4096,
-            context_length=196 if base else 77,
-            pool="first",
-            embed_norm=True,
-            norm_eps=1e-12,
-            token_types=2,
-            position="none",
-        ),
-        fusion=FusionConfig(
-            **shape,
-            depth=text + fusion,
-            kind="concat",
-            modality_types=True,
-            pooler=True,
-            experts="mome",
-            joint_experts=2 if base else 1,
-            order="image",
-            relative_bias=True,
-            key_bias=False,
-            layer_scale=0.1,
-        ),
-        codes=8192 if base else 256,
+        (0, 0, shape.text + shape.fusion),
+        vision={"position": "none"},
+        text={
+            "pool": "first",
+            "embed_norm": True,
+            "norm_eps": 1e-12,
+            "token_types": 2,
+            "position": "none",
+        },
+        fusion={
+            "kind": "concat",
+            "modality_types": True,
+            "pooler": True,
+            "experts": "mome",
+            "joint_experts": 1,
+            "order": "image",
+            "relative_bias": True,
+            "key_bias": False,
+            "layer_scale": 0.1,
+        },
+        embed_dim=shape.embed_dim,
+        codes=256,
         joint_embedding=True,
         mlm_head=True,
         mlm_tied=False,
-        image_mean=_HALF,
-        image_std=_HALF,
+        base={
+            "codes": 8192,
+            "text": {"vocab_size": 30522, "context_length": 196},
+            "fusion": {"joint_experts": 2},
+        },
+        **HALF,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vlpfast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
-from vlpfast.models.presets.sizes import COMPACT, compact
+from vlpfast.models.config import ModelConfig
+from vlpfast.models.presets.sizes import SHAPES, build
 
 
 def uni_perceiver(size: str) -> ModelConfig:
@@ -19,31 +19,18 @@ def uni_perceiver(size: str) -> ModelConfig:
     Source: Zhu et al. 2022, arXiv:2112.01522; fundamentalvision/Uni-Perceiver
         configs/BERT_L12_H768_experiments/16tasks_training_basedense_stage2_64gpu.yaml.
     """
-    base = size == "base"
-    if base:
-        shape, image_size, patch_size, depth = {"dim": 768, "heads": 12}, 224, 16, 12
-    else:
-        shape, image_size, patch_size, (_, text_depth, fusion_depth) = compact(size)
-        depth = text_depth + fusion_depth
-    tokens = {**shape, "depth": 0, "embed_norm": True}
-    return ModelConfig(
+    shape, embed = SHAPES[size], {"embed_norm": True}
+    return build(
         "uni-perceiver",
         size,
-        image_size=image_size,
-        embed_dim=768 if base else COMPACT[size]["embed_dim"],
-        vision=VisionConfig(
-            **tokens, patch_size=patch_size, position="sincos", class_token=False, pool="mean"
-        ),
-        text=TextConfig(
-            **tokens,
-            pool="first",
-            token_types=1,
-            vocab_size=49408 if base else 4096,
-            context_length=512 if base else 77,
-        ),
-        fusion=FusionConfig(**shape, depth=depth, kind="shared"),
+        (0, 0, shape.text + shape.fusion),
+        vision={"position": "sincos", "class_token": False, "pool": "mean"} | embed,
+        text={"pool": "first", "token_types": 1} | embed,
+        fusion={"kind": "shared"},
+        embed_dim=shape.embed_dim,
         match_head=False,
         task_scales=("mlm", "lm", "classify"),
+        base={"text": {"vocab_size": 49408, "context_length": 512}},
     )
 
 
@@ -67,26 +54,13 @@ def metalm(size: str) -> ModelConfig:
 
     Source: Hao et al. 2022, arXiv:2206.06336, section 2.
     """
-    base = size == "base"
-    if base:
-        shape, image_size, patch_size = {"dim": 768, "heads": 12}, 224, 16
-        vision = depth = 12
-    else:
-        shape, image_size, patch_size, (vision, text_depth, fusion_depth) = compact(size)
-        depth = text_depth + fusion_depth
-    return ModelConfig(
+    shape = SHAPES[size]
+    return build(
         "metalm",
         size,
-        image_size=image_size,
-        embed_dim=0,
-        vision=VisionConfig(**shape, depth=vision, patch_size=patch_size),
-        text=TextConfig(
-            **shape,
-            depth=0,
-            vocab_size=50257 if base else 4096,
-            context_length=512 if base else 77,
-        ),
-        fusion=FusionConfig(**shape, depth=depth, kind="prefix", causal=True),
+        (shape.vision, 0, shape.text + shape.fusion),
+        fusion={"kind": "prefix", "causal": True},
         lm_head="linear",
         match_head=False,
+        base={"text": {"vocab_size": 50257, "context_length": 512}},
     )
