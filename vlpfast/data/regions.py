@@ -7,7 +7,8 @@ labels.npy (T, C); image n has the rows offsets[n] to offsets[n + 1] (`vlpfast.r
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
 
 _OPTIONAL = ("boxes", "labels")
+_LOG = logging.getLogger("vlpfast.data")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,19 @@ def open_regions(index: Index, kind: str) -> RegionTable | None:
         if not folder.is_dir():
             _write_scene_regions(index, folder)
     return RegionTable.open(folder, num_samples)
+
+
+def with_regions(index: Index, kind: str) -> Index:
+    """The samples of `index` that have regions: with "files", those of which they say something."""
+    if kind != "files":
+        return index
+    counts = np.diff(open_regions(index, kind).offsets)
+    rows = np.asarray(index.rows)
+    kept = rows[counts[rows] > 0]
+    if len(kept) == len(rows):
+        return index
+    _LOG.warning("%s: %d samples without regions left out", index.source, len(rows) - len(kept))
+    return replace(index, rows=kept)
 
 
 def _write_scene_regions(index: Index, folder: Path) -> None:
