@@ -11,11 +11,15 @@ from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader_torch import TorchLoader
 from vlpfast.data.prompts import iter_texts
+from vlpfast.data.regions import with_regions
 from vlpfast.data.tokenizer import Tokenizer, find_clip_vocabulary
 
 
 def open_index(config: DataConfig) -> Index:
-    """The index of `config.path` with its identity and selection; built first if need be."""
+    """The index of `config.path` with its identity and selection; built first if need be.
+
+    Where `config.regions` is "files", samples without regions are left out.
+    """
     index = Index.open(
         config.path,
         index_dir=config.index_dir or None,
@@ -24,7 +28,7 @@ def open_index(config: DataConfig) -> Index:
         caption_key=config.caption_key,
         verify=config.verify,
     )
-    return index.where(config.conditions)
+    return with_regions(index.where(config.conditions), config.regions)
 
 
 def make_tokenizer(config: DataConfig, index: Index) -> Tokenizer:

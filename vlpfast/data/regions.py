@@ -8,8 +8,9 @@ labels.npy (T, C) and attributes.npy (T, A); image n has the rows offsets[n] to 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
 
 _OPTIONAL = ("boxes", "labels", "attributes")
+_LOG = logging.getLogger("vlpfast.data")
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,19 @@ def open_regions(index: Index, kind: str) -> RegionTable | None:
         if not folder.is_dir():
             _write_scene_regions(index, folder)
     return RegionTable.open(folder, num_samples)
+
+
+def with_regions(index: Index, kind: str) -> Index:
+    """The samples of `index` that have regions: with "files", those of which they say something."""
+    if kind != "files":
+        return index
+    counts = np.diff(open_regions(index, kind).offsets)
+    rows = np.asarray(index.rows)
+    kept = rows[counts[rows] > 0]
+    if len(kept) == len(rows):
+        return index
+    _LOG.warning("%s: %d samples without regions left out", index.source, len(rows) - len(kept))
+    return replace(index, rows=kept)
 
 
 def _write_scene_regions(index: Index, folder: Path) -> None:

@@ -12,10 +12,15 @@ _FLUSH_ITEMS = 8192
 
 
 class Column:
-    """A one-dimensional .npy file that grows: holds at most a few thousand items in memory."""
+    """A .npy file that grows: holds at most a few thousand items in memory.
 
-    def __init__(self, path: Path, dtype: DTypeLike) -> None:
+    Args:
+        width: items are rows of so many values; None: single values.
+    """
+
+    def __init__(self, path: Path, dtype: DTypeLike, *, width: int | None = None) -> None:
         self._dtype = np.dtype(dtype)
+        self._row = () if width is None else (width,)
         self._file = path.open("wb")
         self._pending: list[int] = []
         self._size = 0
@@ -49,7 +54,11 @@ class Column:
 
     def _write_header(self) -> None:
         # NumPy pads a header so that the first axis may grow in place: both headers are as long.
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._size,)}
+        header = {
+            "descr": self._dtype.str,
+            "fortran_order": False,
+            "shape": (self._size, *self._row),
+        }
         np.lib.format.write_array_header_1_0(self._file, header)
 
 

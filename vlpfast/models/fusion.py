@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,20 @@ from vlpfast.models.towers import TextTower
 from vlpfast.ragged import Joined, Ragged
 
 
-class ImageKeys(NamedTuple):
+@dataclass(frozen=True)
+class ImageKeys:
     """Keys and values of all fusion layers, (B, N, layers, 2, H, E), projected once per image."""
 
     kv: Tensor
 
+    @cached_property
+    def _parts(self) -> tuple[Tensor, ...]:
+        # Split once: the gradient of each indexing by itself would be as large as `kv`.
+        return self.kv.flatten(2, 3).unbind(2)
+
     def layer(self, number: int, kv_index: Tensor) -> CrossKeys:
         """What layer `number` reads, and which image each text row reads."""
-        k, v = self.kv[:, :, number].unbind(2)
+        k, v = self._parts[2 * number : 2 * number + 2]
         return CrossKeys(k, v, kv_index)
 
     def select(self, images: Tensor) -> ImageKeys:

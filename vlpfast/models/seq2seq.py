@@ -4,7 +4,8 @@ Unified-IO).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 
 
-class SourceKeys(NamedTuple):
+@dataclass(frozen=True)
+class SourceKeys:
     """Keys and values of all decoder layers, (T, layers, 2, H, E), of packed sources: an image's
     tokens and its prompt, encoded once for all texts that follow them.
     """
@@ -28,9 +30,14 @@ class SourceKeys(NamedTuple):
     cu_seqlens: Tensor
     max_len: int
 
+    @cached_property
+    def _parts(self) -> tuple[Tensor, ...]:
+        # Split once: the gradient of each indexing by itself would be as large as `kv`.
+        return self.kv.flatten(1, 2).unbind(1)
+
     def layer(self, number: int, kv_index: Tensor) -> CrossKeys:
         """What layer `number` reads, and which source each text row reads."""
-        k, v = self.kv[:, number].unbind(1)
+        k, v = self._parts[2 * number : 2 * number + 2]
         return CrossKeys(k, v, kv_index, self.cu_seqlens, self.max_len)
 
 
