@@ -23,7 +23,7 @@ from vlpfast.ops._contrastive_state import (
     Wants,
     count_equal,
 )
-from vlpfast.ops._contrastive_tiles import Sweep, Tile
+from vlpfast.ops._contrastive_tiles import Sweep, Tile, walks_keys
 
 # Similarities of up to this size, by device, are kept from the log-sum-exps to the gradient, which
 # saves one of four matrix products (results/*/contrastive.csv: cpp against cpp_recompute); more
@@ -99,6 +99,7 @@ class _Run:
         sweep = Sweep(
             query, teacher, batch, keys, p.ids, self.batch_ids,
             None if keys is None else p.key_ids, self.ranks.first_row,
+            walks_keys=self._walks_keys(query),
         )  # fmt: skip
         vector = lambda: query.new_zeros(self.B, dtype=torch.float32)
         return Direction(
@@ -185,7 +186,9 @@ class _Run:
             shared = self.columns is not None and tile.is_batch
             across = self.columns.of(tile.columns) if shared else None
             sums = (*mine[:3], *(across[:3] if shared else (None,) * 3))
-            if fused:
+            if tile.is_walked:
+                self._look_at_keys(direction, tile)
+            elif fused:
                 self._look_fused(direction, tile, sums)
             else:
                 self.passes.stats(tile.sims, scale, *tile.pairs, *sums)
@@ -200,6 +203,28 @@ class _Run:
                 mine.total.add_(row_sums(query, candidates))
                 if shared:
                     across.total.add_(row_sums(candidates, query))
+
+    def _walks_keys(self, query: Tensor) -> bool:
+        has_walk = self.passes.keys_stats is not None and self.problem.kind == "softmax"
+        return has_walk and walks_keys(query)
+
+    def _look_at_keys(self, direction: Direction, tile: Tile) -> None:
+        mine, sweep = direction.sums.of(tile.rows), direction.sweep
+        of_teacher = (mine.teacher_max, mine.teacher_exp, mine.teacher_dot)
+        self.passes.keys_stats(
+            *sweep.queries(tile.rows), sweep.keys, self.problem.scale, *tile.pairs[:2], tile.sims,
+            *mine[:3], *((None,) * 3 if sweep.teacher is None else of_teacher),
+        )  # fmt: skip
+
+    def _differentiate_keys(self, direction: Direction, tile: Tile) -> None:
+        mine, sweep, rows = direction.sums.of(tile.rows), direction.sweep, tile.rows
+        of_teacher = (mine.teacher_max, mine.teacher_exp)
+        self.passes.keys_grad(
+            *sweep.queries(rows), sweep.keys, self.problem.scale, *tile.pairs[:2], tile.sims,
+            mine.max, mine.exp, direction.weight[rows], self._smoothing(direction),
+            *((None,) * 2 if sweep.teacher is None else of_teacher), self.problem.alpha,
+            direction.dot[rows], None if direction.grad is None else direction.grad[rows],
+        )  # fmt: skip
 
     def _looks_fused(self, sweep: Sweep) -> bool:
         """Whether the first look makes statistics and draws without storing similarities."""
@@ -246,6 +271,9 @@ class _Run:
         """Second look: turns every tile into g, and g into gradients."""
         p = self.problem
         for tile in direction.sweep.tiles(rows, with_grad=True):
+            if tile.is_walked:
+                self._differentiate_keys(direction, tile)
+                continue
             mine, smoothing = direction.sums.of(tile.rows), self._smoothing(direction)
             column_max = column_exp = column_weight = teacher_max = teacher_exp = None
             if self.columns is not None and tile.is_batch:
