@@ -57,6 +57,8 @@ class _Run:
         self.G, self.B = sum(ranks.counts), problem.image.shape[0]
         self.keep_bytes = _KEEP_BYTES[problem.image.device.type]
         self.batch_ids = None if problem.ids is None else ranks.gather(problem.ids)
+        self.spare: dict[int, Tensor] = {}
+        self.row_weights: dict[bool, Tensor] = {}
         own = slice(ranks.first_row, ranks.first_row + self.B)
         image, text, p = problem.image, problem.text, problem
         self.columns = self.column_weight = None
@@ -99,13 +101,13 @@ class _Run:
         sweep = Sweep(
             query, teacher, batch, keys, p.ids, self.batch_ids,
             None if keys is None else p.key_ids, self.ranks.first_row,
-            walks_keys=self._walks_keys(query),
+            walks_keys=self._walks_keys(query), spare=self.spare,
         )  # fmt: skip
         vector = lambda: query.new_zeros(self.B, dtype=torch.float32)
         return Direction(
             sweep=sweep,
             sums=sums,
-            weight=self._weights(p.ids, self.B, keys),
+            weight=self._row_weight(keys),
             num_candidates=self.G + (0 if keys is None else keys.shape[0]),
             grad=zeros(query.shape, query) if trained else None,
             dot=vector(),
@@ -113,6 +115,13 @@ class _Run:
             best=query.new_full((self.B, k), -torch.inf, dtype=torch.float32),
             drawn=query.new_full((self.B, k), -1, dtype=torch.int64),
         )
+
+    def _row_weight(self, keys: Tensor | None) -> Tensor:
+        """Of this rank's rows: made once for both directions where it is the same."""
+        has_keys = keys is not None
+        if has_keys not in self.row_weights:
+            self.row_weights[has_keys] = self._weights(self.problem.ids, self.B, keys)
+        return self.row_weights[has_keys]
 
     def _weights(self, ids: Tensor | None, size: int, keys: Tensor | None) -> Tensor:
         """(1 - alpha) (1 - smoothing) / number of positives, of each row with these ids."""

@@ -64,6 +64,8 @@ class Sweep:
         ids (B,), batch_ids (G,), key_ids (K,): or None.
         first_row: place of row 0 in the batch of all ranks.
         walks_keys: the passes make similarities with keys themselves.
+        spare: memory of similarities that are done with, by size, for who has such a need next:
+            fresh memory costs its page faults.
         keep: a block's similarities are one tile, kept until it is asked for a second time.
     """
 
@@ -76,6 +78,7 @@ class Sweep:
     key_ids: Tensor | None
     first_row: int
     walks_keys: bool = False
+    spare: dict[int, Tensor] = field(default_factory=dict)
     keep: bool = False
     _kept: dict[tuple[bool, int], Tensor] = field(default_factory=dict)
     _diag: Tensor | None = None
@@ -100,18 +103,21 @@ class Sweep:
         if not self.walks_keys:
             yield from self._tiles_of(Block(self.keys, 0), rows, False, with_sims)
         elif rows.start < rows.stop:
-            yield self._walked_keys(rows)
+            yield from self._walked_keys(rows)
 
-    def _walked_keys(self, rows: slice) -> Tile:
-        block, sims = Block(self.keys, 0), None
-        if self.keep:
-            copies = 1 if self.teacher is None else 2
-            size = num_kept(rows.stop - rows.start, self.keys.shape[0], copies)
-            sims = self._kept.pop((False, 0), None)
-            if sims is None:
-                sims = self._kept[False, 0] = empty((size,), self.query)
+    def _walked_keys(self, rows: slice) -> Iterator[Tile]:
+        place, copies = (False, 0), 1 if self.teacher is None else 2
+        size = num_kept(rows.stop - rows.start, self.keys.shape[0], copies)
+        block, sims = Block(self.keys, 0), self._kept.pop(place, None)
+        is_made = sims is not None
+        if self.keep and not is_made:
+            sims = self.spare.pop(size, None)
+            self.spare.clear()
+            self._kept[place] = sims = empty((size,), self.query) if sims is None else sims
         pairs = self._pairs(block, rows, False, False)
-        return Tile(sims, None, rows, block, pairs, False, False, is_walked=True)
+        yield Tile(sims, None, rows, block, pairs, False, False, is_walked=True)
+        if is_made:
+            self.spare[size] = sims
 
     def _tiles_of(
         self, block: Block, rows: slice, is_batch: bool, with_sims: bool

@@ -48,13 +48,18 @@ struct KeySpace {
   Buffer<uint32_t> grad_pairs;  // (keys / 2, lanes)
 };
 
-// Element `at` of features as fp32.
-VLPFAST_INLINE float feature(const KeyWalk& walk, const void* features, int64_t at) {
-  if (!walk.is_bf16) return static_cast<const float*>(features)[at];
-  const uint32_t bits = uint32_t{static_cast<const uint16_t*>(features)[at]} << 16;
+VLPFAST_INLINE float as_float(float x) { return x; }
+VLPFAST_INLINE float as_float(uint16_t x) {
+  const uint32_t bits = uint32_t{x} << 16;
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// Element `at` of features as fp32.
+VLPFAST_INLINE float feature(const KeyWalk& walk, const void* features, int64_t at) {
+  return walk.is_bf16 ? as_float(static_cast<const uint16_t*>(features)[at])
+                      : static_cast<const float*>(features)[at];
 }
 
 VLPFAST_INLINE uint32_t bits_of(float x) {
@@ -153,16 +158,6 @@ inline float* make_similarities(const KeyWalk& walk, const Panel& panel, const K
   return sims;
 }
 
-// Similarities in the second walk.
-inline const float* similarities_again(const KeyWalk& walk, const Panel& panel, const KeyRows& keys,
-                                       int64_t begin, int64_t n, KeySpace& space) {
-  if (!walk.sims) return make_similarities(walk, panel, keys, begin, n, space);
-  if (!walk.is_bf16) return static_cast<float*>(walk.sims) + kept_at(walk, panel, begin);
-  const uint16_t* kept = static_cast<uint16_t*>(walk.sims) + kept_at(walk, panel, begin);
-  for (int64_t i = 0; i < n * panel.width; i += kLanes) store(space.sims + i, load(kept + i));
-  return space.sims;
-}
-
 // Which of a panel's queries have a key's id. One bit per hash of an id: most keys find that none
 // can have theirs.
 struct PanelIds {
@@ -241,8 +236,8 @@ inline void look(const KeyWalk& walk, const Panel& panel, const KeyRows& keys, i
 }
 
 // g of one vector of a panel's lanes without what positives take from it; returns sum of g s.
-template <bool kTeacher>
-VLPFAST_INLINE Vec grad_lanes_of(const float* s, int64_t n, const Panel& panel, float scale,
+template <bool kTeacher, class T>
+VLPFAST_INLINE Vec grad_lanes_of(const T* s, int64_t n, const Panel& panel, float scale,
                                  float smoothing, Vec top, Vec factor, Vec top_m, Vec factor_m,
                                  float* g) {
   Vec dot{};
@@ -271,15 +266,30 @@ inline void pair_rows(const float* from, int64_t n, int64_t columns, uint32_t* o
   }
 }
 
-// The same of keys, which are bf16.
+// Lane l of the lower or upper half of a[0], b[0], a[1], b[1], ...
+constexpr int alternating_lane(int l, int upper) {
+  return l / 2 + upper * kLanes / 2 + (l % 2) * kLanes;
+}
+
+template <int... L>
+VLPFAST_INLINE void store_alternating(WordVec a, WordVec b, uint32_t* to,
+                                      std::integer_sequence<int, L...>) {
+  const WordVec first = __builtin_shufflevector(a, b, alternating_lane(L, 0)...);
+  const WordVec second = __builtin_shufflevector(a, b, alternating_lane(L, 1)...);
+  __builtin_memcpy(to, &first, sizeof first);
+  __builtin_memcpy(to + kLanes, &second, sizeof second);
+}
+
+// The same of keys, which are pairs of columns.
 inline void pair_keys(const KeyRows& keys, int64_t n, int64_t ld, uint32_t* out) {
-  for (int64_t j = 0; j < n; j += 2) {
-    const uint32_t *a = keys.data + j * keys.ld, *b = a + keys.ld;
-    uint32_t* to = out + j / 2 * ld;
-    for (int64_t d = 0; d < ld / 2; ++d) {
-      const uint32_t first = a[d], second = j + 1 < n ? b[d] : 0;
-      to[2 * d] = (first & 0xFFFFu) | second << 16;
-      to[2 * d + 1] = first >> 16 | (second & 0xFFFF0000u);
+  for (int64_t j = 0; j < n; j += 2, out += ld) {
+    const uint32_t* row = keys.data + j * keys.ld;
+    for (int64_t d = 0; d < ld / 2; d += kLanes) {
+      WordVec a, b{};
+      __builtin_memcpy(&a, row + d, sizeof a);
+      if (j + 1 < n) __builtin_memcpy(&b, row + keys.ld + d, sizeof b);
+      store_alternating((a & 0xFFFFu) | (b << 16), (a >> 16) | (b & 0xFFFF0000u), out + 2 * d,
+                        std::make_integer_sequence<int, kLanes>{});
     }
   }
 }
@@ -300,39 +310,61 @@ struct PanelSoftmax {
   }
 };
 
-// grads += transpose(g) keys
+// grads += transpose(g) keys, by so many keys that a tile's columns of them stay in the first cache.
+template <class T>
+VLPFAST_INLINE void add_gradient(const T* g, const Panel& panel, const T* keys, int64_t ld_keys,
+                                 int64_t n, int64_t ld, float* grads) {
+  constexpr int64_t kDepth = 96;
+  for (int64_t j = 0; j < n; j += kDepth) {
+    product_of<true>(StridedOf<T>{g + j * panel.lanes, 1, panel.lanes}, panel.count,
+                     keys + j * ld_keys, ld_keys, std::min(kDepth, n - j), ld, grads, ld);
+  }
+}
+
 inline void add_gradient(const KeyWalk& walk, const Panel& panel, const KeyRows& keys, int64_t n,
                          float* grads, KeySpace& space) {
   const int64_t ld = walk.ld();
 #ifdef VLPFAST_BF16_PAIRS
   if (walk.is_bf16) {
     pair_rows(space.grads, n, panel.lanes, space.grad_pairs);
-    return product_of<true>(StridedOf<uint32_t>{space.grad_pairs, 1, panel.lanes}, panel.count,
-                            static_cast<const uint32_t*>(space.pairs), ld, (n + 1) / 2, ld, grads,
-                            ld);
+    return add_gradient<uint32_t>(space.grad_pairs, panel, space.pairs, ld, (n + 1) / 2, ld,
+                                  grads);
   }
 #endif
-  product<true>({space.grads, 1, panel.lanes}, panel.count,
-                reinterpret_cast<const float*>(keys.data), keys.ld, n, ld, grads, ld);
+  add_gradient<float>(space.grads, panel, reinterpret_cast<const float*>(keys.data), keys.ld, n,
+                      ld, grads);
 }
 
-inline void differentiate(const KeyWalk& walk, const Panel& panel, const KeyRows& keys,
-                          int64_t begin, int64_t n, float* dots, float* grads, KeySpace& space) {
-  const float* sims = similarities_again(walk, panel, keys, begin, n, space);
+// g of a panel with a chunk, into `g`, and its sums of g s.
+template <class T>
+inline void differentiate_sims(const KeyWalk& walk, const Panel& panel, const T* sims,
+                               int64_t begin, int64_t n, float* g, float* dots) {
   const PanelSoftmax p(walk, panel);
-  float* const g = space.grads;
   for (int64_t m = 0; m < panel.lanes; m += kLanes) {
     const Vec top = load(p.max + m), factor = load(p.factor + m);
     const Vec top_m = load(p.teacher_max + m), factor_m = load(p.teacher_factor + m);
-    const auto run = walk.teacher ? grad_lanes_of<true> : grad_lanes_of<false>;
+    const auto run = walk.teacher ? grad_lanes_of<true, T> : grad_lanes_of<false, T>;
     const Vec dot = run(sims + m, n, panel, walk.scale, walk.smoothing, top, factor, top_m,
                         factor_m, g + m);
     store(dots + panel.first + m, load(dots + panel.first + m) + dot);
   }
   PanelIds(walk, panel).each_positive(begin, n, [&](int64_t j, int64_t m) {
     g[j * panel.lanes + m] -= p.weight[m];
-    dots[panel.first + m] -= p.weight[m] * sims[j * panel.width + m];
+    dots[panel.first + m] -= p.weight[m] * as_float(sims[j * panel.width + m]);
   });
+}
+
+inline void differentiate(const KeyWalk& walk, const Panel& panel, const KeyRows& keys,
+                          int64_t begin, int64_t n, float* dots, float* grads, KeySpace& space) {
+  const int64_t at = kept_at(walk, panel, begin);
+  if (walk.sims && walk.is_bf16) {
+    const uint16_t* sims = static_cast<uint16_t*>(walk.sims) + at;
+    differentiate_sims(walk, panel, sims, begin, n, space.grads, dots);
+  } else {
+    const float* sims = walk.sims ? static_cast<float*>(walk.sims) + at
+                                  : make_similarities(walk, panel, keys, begin, n, space);
+    differentiate_sims(walk, panel, sims, begin, n, space.grads, dots);
+  }
   if (grads) add_gradient(walk, panel, keys, n, grads + panel.first * walk.ld(), space);
 }
 

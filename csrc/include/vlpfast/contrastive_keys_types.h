@@ -50,7 +50,8 @@ struct KeyWalk {
   int64_t num_chunks() const { return (N + kChunkKeys - 1) / kChunkKeys; }
   int64_t num_segments() const { return std::min(kMaxSegments, num_chunks()); }
   int64_t chunk_from(int64_t segment) const { return segment * num_chunks() / num_segments(); }
-  int64_t ld() const { return to_lanes(D); }
+  // D in whole vectors, also of pairs of columns.
+  int64_t ld() const { return (D + 2 * kLaneStep - 1) / (2 * kLaneStep) * (2 * kLaneStep); }
 
   KeySums sums_of(int64_t segment) const {
     const int64_t size = to_lanes(M);
