@@ -3,11 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#include <immintrin.h>
-#define VLPFAST_HAS_BF16_TARGET
-#endif
-
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -18,25 +15,7 @@
 #include "vlpfast/threads.h"
 
 #define VLPFAST_EACH_TARGET "vlpfast/contrastive_keys.h"
-#include "vlpfast/each_target.h"
-
-#ifdef VLPFAST_HAS_BF16_TARGET
-// AVX-512 with dot products of bf16.
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,avx512bf16")
-#define VLPFAST_NAMESPACE v4_bf16
-#define VLPFAST_LANES 16
-#define VLPFAST_BF16_PAIRS
-#include VLPFAST_EACH_TARGET
-#undef VLPFAST_BF16_PAIRS
-#undef VLPFAST_NAMESPACE
-#undef VLPFAST_LANES
-#pragma GCC pop_options
-#define VLPFAST_ON_WIDEST_OF(walk, call)                       \
-  ((walk).is_bf16 && __builtin_cpu_supports("avx512bf16") ? v4_bf16::call : VLPFAST_ON_WIDEST(call))
-#else
-#define VLPFAST_ON_WIDEST_OF(walk, call) VLPFAST_ON_WIDEST(call)
-#endif
+#include "vlpfast/each_bf16_target.h"
 
 namespace vlpfast {
 namespace {
@@ -96,7 +75,7 @@ void pack_queries(KeyWalk& walk, std::vector<uint32_t>& memory) {
   memory.resize(walk.ld() * walk.copies() * to_lanes(walk.M));
   walk.queries = memory.data();
   on_all_threads(walk.num_panels(),
-                 [&](auto& next) { VLPFAST_ON_WIDEST_OF(walk, pack_panels(walk, next)); });
+                 [&](auto& next) { VLPFAST_ON_WIDEST_FOR(walk.is_bf16, pack_panels(walk, next)); });
 }
 
 // Merges running sums with those of every segment, in the segments' order.
@@ -161,7 +140,7 @@ void contrastive_keys_stats_cpu(
     std::fill_n(start.teacher_max, size, -kInfinity);
   }
   on_all_threads(walk.num_segments(),
-                 [&](auto& next) { VLPFAST_ON_WIDEST_OF(walk, look_at_keys(walk, next)); });
+                 [&](auto& next) { VLPFAST_ON_WIDEST_FOR(walk.is_bf16, look_at_keys(walk, next)); });
   merge_segments(walk, false, own);
   if (walk.teacher) merge_segments(walk, true, its);
   for (int64_t t = 0; t < walk.num_segments(); ++t) {
@@ -207,7 +186,7 @@ void contrastive_keys_grad_cpu(
   walk.dots = dots.data();
   walk.grads = grad ? grads.data() : nullptr;
   on_all_threads(segments,
-                 [&](auto& next) { VLPFAST_ON_WIDEST_OF(walk, differentiate_keys(walk, next)); });
+                 [&](auto& next) { VLPFAST_ON_WIDEST_FOR(walk.is_bf16, differentiate_keys(walk, next)); });
   for (int64_t t = 0; t < segments; ++t) {
     for (int64_t row = 0; row < M; ++row) total[row] += dots[t * size + row];
   }
