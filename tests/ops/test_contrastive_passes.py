@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops import _contrastive_autograd, _contrastive_passes, _contrastive_products
+from vlpfast.ops._contrastive_tiles import num_kept
 from vlpfast.testing import assert_same, opcheck
 
 OPS = torch.ops.vlpfast
 CPP = _contrastive_passes.passes_of("cpp")
 # What C++ has: the fused look is for GPUs alone.
 NAMES = [name for name in CPP._fields if getattr(CPP, name) is not None]
+TILE_NAMES = [name for name in NAMES if not name.startswith("keys_")]
 NONE = (None, None, None)
 
 
@@ -34,6 +36,9 @@ def arguments(name: str, M: int = 5, N: int = 19, dtype: torch.dtype = torch.flo
     pairs = (*ids, vector(M, 0.5), 2)
     low = lambda n: vector(n, -torch.inf)
     best = lambda n: (torch.full((n, 2), -torch.inf), torch.full((n, 2), -1))
+    # 24: whole pairs and no whole vector.
+    features = (tile(M, 24, dtype), tile(M, 24, dtype, 1), tile(N, 24, dtype, 2), scale, *ids)
+    kept = torch.zeros(num_kept(M, N, 2), dtype=dtype)
     return {
         "stats": (sims, scale, *pairs, low(M), vector(M), vector(M), low(N), vector(N), vector(N)),
         "teacher": (sims, teacher, scale, *pairs[2:], low(M), vector(M), vector(M)),
@@ -47,6 +52,11 @@ def arguments(name: str, M: int = 5, N: int = 19, dtype: torch.dtype = torch.flo
             vector(N), vector(M), vector(M),
         ),
         "negatives": (sims, scale, torch.tensor(3), 0, 0, 0, *ids, 0, *best(M), *best(N)),
+        "keys_stats": (*features, kept, low(M), vector(M), vector(M), low(M), vector(M), vector(M)),
+        "keys_grad": (
+            *features, None, vector(M, 7.0), vector(M, 2.0), vector(M, 0.3), 0.01, vector(M, 7.0),
+            vector(M, 2.0), 0.4, vector(M), torch.zeros(M, 24),
+        ),
         "hinge": (sims, *ids, 0, vector(M, 0.1), vector(N, 0.2), 0.2, vector(M), vector(M),
                   vector(N)),
     }[name]  # fmt: skip
@@ -74,7 +84,7 @@ def test_opcheck_of_the_losses(kind: str, wants: tuple[bool, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TILE_NAMES)
 def test_strided_tiles(name: str, dtype: torch.dtype) -> None:
     """A tile may be part of a wider matrix, of which nothing else is touched."""
     # 300: a whole strip and a part of one.

@@ -23,7 +23,7 @@ from vlpfast.ops._contrastive_state import (
     Wants,
     count_equal,
 )
-from vlpfast.ops._contrastive_tiles import Sweep, Tile
+from vlpfast.ops._contrastive_tiles import Sweep, Tile, walks_keys
 
 # Similarities of up to this size, by device, are kept from the log-sum-exps to the gradient, which
 # saves one of four matrix products (results/*/contrastive.csv: cpp against cpp_recompute); more
@@ -57,6 +57,8 @@ class _Run:
         self.G, self.B = sum(ranks.counts), problem.image.shape[0]
         self.keep_bytes = _KEEP_BYTES[problem.image.device.type]
         self.batch_ids = None if problem.ids is None else ranks.gather(problem.ids)
+        self.spare: dict[int, Tensor] = {}
+        self.row_weights: dict[bool, Tensor] = {}
         own = slice(ranks.first_row, ranks.first_row + self.B)
         image, text, p = problem.image, problem.text, problem
         self.columns = self.column_weight = None
@@ -99,12 +101,13 @@ class _Run:
         sweep = Sweep(
             query, teacher, batch, keys, p.ids, self.batch_ids,
             None if keys is None else p.key_ids, self.ranks.first_row,
+            walks_keys=self._walks_keys(query), spare=self.spare,
         )  # fmt: skip
         vector = lambda: query.new_zeros(self.B, dtype=torch.float32)
         return Direction(
             sweep=sweep,
             sums=sums,
-            weight=self._weights(p.ids, self.B, keys),
+            weight=self._row_weight(keys),
             num_candidates=self.G + (0 if keys is None else keys.shape[0]),
             grad=zeros(query.shape, query) if trained else None,
             dot=vector(),
@@ -112,6 +115,13 @@ class _Run:
             best=query.new_full((self.B, k), -torch.inf, dtype=torch.float32),
             drawn=query.new_full((self.B, k), -1, dtype=torch.int64),
         )
+
+    def _row_weight(self, keys: Tensor | None) -> Tensor:
+        """Of this rank's rows: made once for both directions where it is the same."""
+        has_keys = keys is not None
+        if has_keys not in self.row_weights:
+            self.row_weights[has_keys] = self._weights(self.problem.ids, self.B, keys)
+        return self.row_weights[has_keys]
 
     def _weights(self, ids: Tensor | None, size: int, keys: Tensor | None) -> Tensor:
         """(1 - alpha) (1 - smoothing) / number of positives, of each row with these ids."""
@@ -185,7 +195,9 @@ class _Run:
             shared = self.columns is not None and tile.is_batch
             across = self.columns.of(tile.columns) if shared else None
             sums = (*mine[:3], *(across[:3] if shared else (None,) * 3))
-            if fused:
+            if tile.is_walked:
+                self._look_at_keys(direction, tile)
+            elif fused:
                 self._look_fused(direction, tile, sums)
             else:
                 self.passes.stats(tile.sims, scale, *tile.pairs, *sums)
@@ -200,6 +212,28 @@ class _Run:
                 mine.total.add_(row_sums(query, candidates))
                 if shared:
                     across.total.add_(row_sums(candidates, query))
+
+    def _walks_keys(self, query: Tensor) -> bool:
+        has_walk = self.passes.keys_stats is not None and self.problem.kind == "softmax"
+        return has_walk and walks_keys(query)
+
+    def _look_at_keys(self, direction: Direction, tile: Tile) -> None:
+        mine, sweep = direction.sums.of(tile.rows), direction.sweep
+        of_teacher = (mine.teacher_max, mine.teacher_exp, mine.teacher_dot)
+        self.passes.keys_stats(
+            *sweep.queries(tile.rows), sweep.keys, self.problem.scale, *tile.pairs[:2], tile.sims,
+            *mine[:3], *((None,) * 3 if sweep.teacher is None else of_teacher),
+        )  # fmt: skip
+
+    def _differentiate_keys(self, direction: Direction, tile: Tile) -> None:
+        mine, sweep, rows = direction.sums.of(tile.rows), direction.sweep, tile.rows
+        of_teacher = (mine.teacher_max, mine.teacher_exp)
+        self.passes.keys_grad(
+            *sweep.queries(rows), sweep.keys, self.problem.scale, *tile.pairs[:2], tile.sims,
+            mine.max, mine.exp, direction.weight[rows], self._smoothing(direction),
+            *((None,) * 2 if sweep.teacher is None else of_teacher), self.problem.alpha,
+            direction.dot[rows], None if direction.grad is None else direction.grad[rows],
+        )  # fmt: skip
 
     def _looks_fused(self, sweep: Sweep) -> bool:
         """Whether the first look makes statistics and draws without storing similarities."""
@@ -246,6 +280,9 @@ class _Run:
         """Second look: turns every tile into g, and g into gradients."""
         p = self.problem
         for tile in direction.sweep.tiles(rows, with_grad=True):
+            if tile.is_walked:
+                self._differentiate_keys(direction, tile)
+                continue
             mine, smoothing = direction.sums.of(tile.rows), self._smoothing(direction)
             column_max = column_exp = column_weight = teacher_max = teacher_exp = None
             if self.columns is not None and tile.is_batch:

@@ -51,7 +51,21 @@ _SCHEMAS = {
     ),
 }
 
-for _name, _schema in _SCHEMAS.items():
+# Of keys that have no gradient, from features: similarities and all that follows in one walk.
+_KEYS = f"Tensor query, Tensor? teacher, Tensor keys, Tensor scale, {_IDS.replace('col', 'key')}"
+_KEY_SCHEMAS = {
+    "contrastive_keys_stats": (
+        f"({_KEYS}, Tensor(a!)? sims, Tensor(b!) row_max, Tensor(c!) row_sum, Tensor(d!) row_pos,"
+        " Tensor(e!)? teacher_max, Tensor(f!)? teacher_sum, Tensor(g!)? teacher_dot) -> ()"
+    ),
+    "contrastive_keys_grad": (
+        f"({_KEYS}, Tensor? sims, Tensor row_max, Tensor row_sum, Tensor row_weight,"
+        " float smoothing, Tensor? teacher_max, Tensor? teacher_sum, float alpha,"
+        " Tensor(a!) row_dot, Tensor(b!)? row_grad) -> ()"
+    ),
+}
+
+for _name, _schema in (_SCHEMAS | _KEY_SCHEMAS).items():
     torch.library.define(f"vlpfast::{_name}", _schema)
     # They write into their arguments and return nothing.
     torch.library.register_fake(f"vlpfast::{_name}", lambda *_: None)
@@ -82,6 +96,11 @@ class Passes(NamedTuple):
             sum_i [b > 0]; [a > 0] + [b > 0] overwrites sims.
         fused_stats: what `stats` and, for k = 1, `negatives` find, from the features of rows and
             columns in place of sims, in one matrix product that stores none; None: not there.
+        keys_stats: what `stats` and `teacher` find of keys without a gradient, from features.
+            `sims`, if given, keeps similarities for `keys_grad` in an order of its own
+            (`_contrastive_tiles.num_kept`). None: not there, as `keys_grad`.
+        keys_grad: what `grad` finds, and row_grad (M, D) += g @ keys, if given. `sims` are those
+            that `keys_stats` kept; without, they are made again.
     """
 
     stats: Callable[..., None]
@@ -91,9 +110,12 @@ class Passes(NamedTuple):
     negatives: Callable[..., None]
     hinge: Callable[..., None]
     fused_stats: Callable[..., None] | None = None
+    keys_stats: Callable[..., None] | None = None
+    keys_grad: Callable[..., None] | None = None
 
 
-_CPP = Passes(*(getattr(torch.ops.vlpfast, name).default for name in _SCHEMAS))
+_bound = lambda names: (getattr(torch.ops.vlpfast, name).default for name in names)
+_CPP = Passes(*_bound(_SCHEMAS), None, *_bound(_KEY_SCHEMAS))
 
 
 def passes_of(name: str) -> Passes:

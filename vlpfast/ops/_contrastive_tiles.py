@@ -22,6 +22,8 @@ _TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 # Fewer rows make the matrix products slow, more are no faster.
 _MIN_TILE_ROWS = 256
 _MAX_TILE_ROWS = {"cpu": 1024, "cuda": 4096}
+# A walk over keys takes queries by so many (csrc/include/vlpfast/contrastive_keys_types.h).
+_LANE_STEP = 16
 
 
 class Tile(NamedTuple):
@@ -33,6 +35,7 @@ class Tile(NamedTuple):
         pairs: row_ids, col_ids, diag, diag_offset as the passes take them.
         is_batch: the candidates are of the batch, not keys.
         is_own: the candidates are this rank's own pairs.
+        is_walked: keys, whose similarities the passes over keys make and, if `sims` is given, keep.
     """
 
     sims: Tensor | None
@@ -42,6 +45,7 @@ class Tile(NamedTuple):
     pairs: tuple[Tensor | None, Tensor | None, Tensor | None, int]
     is_batch: bool
     is_own: bool
+    is_walked: bool = False
 
     @property
     def columns(self) -> slice:
@@ -59,6 +63,9 @@ class Sweep:
         keys (K, D): further candidates, or None.
         ids (B,), batch_ids (G,), key_ids (K,): or None.
         first_row: place of row 0 in the batch of all ranks.
+        walks_keys: the passes make similarities with keys themselves.
+        spare: memory of similarities that are done with, by size, for who has such a need next:
+            fresh memory costs its page faults.
         keep: a block's similarities are one tile, kept until it is asked for a second time.
     """
 
@@ -70,6 +77,8 @@ class Sweep:
     batch_ids: Tensor | None
     key_ids: Tensor | None
     first_row: int
+    walks_keys: bool = False
+    spare: dict[int, Tensor] = field(default_factory=dict)
     keep: bool = False
     _kept: dict[tuple[bool, int], Tensor] = field(default_factory=dict)
     _diag: Tensor | None = None
@@ -89,8 +98,26 @@ class Sweep:
         if self.batch is not None:
             for block in self.batch.grad_blocks() if with_grad else self.batch.blocks():
                 yield from self._tiles_of(block, rows, True, with_sims)
-        if self.keys is not None:
+        if self.keys is None:
+            return
+        if not self.walks_keys:
             yield from self._tiles_of(Block(self.keys, 0), rows, False, with_sims)
+        elif rows.start < rows.stop:
+            yield from self._walked_keys(rows)
+
+    def _walked_keys(self, rows: slice) -> Iterator[Tile]:
+        place, copies = (False, 0), 1 if self.teacher is None else 2
+        size = num_kept(rows.stop - rows.start, self.keys.shape[0], copies)
+        block, sims = Block(self.keys, 0), self._kept.pop(place, None)
+        is_made = sims is not None
+        if self.keep and not is_made:
+            sims = self.spare.pop(size, None)
+            self.spare.clear()
+            self._kept[place] = sims = empty((size,), self.query) if sims is None else sims
+        pairs = self._pairs(block, rows, False, False)
+        yield Tile(sims, None, rows, block, pairs, False, False, is_walked=True)
+        if is_made:
+            self.spare[size] = sims
 
     def _tiles_of(
         self, block: Block, rows: slice, is_batch: bool, with_sims: bool
@@ -114,7 +141,7 @@ class Sweep:
             # Tiles of a block that are not kept follow each other in the same memory.
             sims = memory[: copies * (chunk.stop - chunk.start)]
             if not is_made:
-                torch.mm(self._queries(chunk), block.features.T, out=sims)
+                torch.mm(self._stacked(chunk), block.features.T, out=sims)
             sims, teacher_sims = (sims, None) if copies == 1 else sims.chunk(2)
             yield self._tile(sims, teacher_sims, chunk, block, is_batch)
 
@@ -126,11 +153,13 @@ class Sweep:
         pairs = self._pairs(block, rows, is_batch, is_own)
         return Tile(sims, teacher_sims, rows, block, pairs, is_batch, is_own)
 
-    def _queries(self, rows: slice) -> Tensor:
+    def queries(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        return self.query[rows], None if self.teacher is None else self.teacher[rows]
+
+    def _stacked(self, rows: slice) -> Tensor:
         """Rows of both, so that one product reads the candidates once."""
-        if self.teacher is None:
-            return self.query[rows]
-        return torch.cat([self.query[rows], self.teacher[rows]])
+        query, teacher = self.queries(rows)
+        return query if teacher is None else torch.cat([query, teacher])
 
     def _pairs(
         self, block: Block, rows: slice, is_batch: bool, is_own: bool
@@ -148,6 +177,16 @@ class Sweep:
                 self._diag = row_dots(self.query, block.features)
             diag = self._diag[rows]
         return (None if ids is None else self.ids[rows], ids, diag, offset)
+
+
+def num_kept(num_rows: int, num_keys: int, copies: int) -> int:
+    """How many similarities a walk over keys keeps, of `copies` times `num_rows` queries."""
+    return copies * -(-num_rows // _LANE_STEP) * _LANE_STEP * num_keys
+
+
+def walks_keys(features: Tensor) -> bool:
+    """Whether one walk over keys is faster than tiles: AMX's products are faster than either."""
+    return features.dtype == torch.float32 or not torch.cpu._is_amx_tile_supported()
 
 
 def _tile_rows(num_columns: int, like: Tensor) -> int:
