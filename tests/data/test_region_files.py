@@ -103,12 +103,13 @@ def test_tsv_becomes_a_table(tmp_path, source, lxmert):
         np.testing.assert_allclose(found.boxes, fractions, rtol=1e-6)
         if not lxmert:
             assert found.labels is None
+            assert found.attributes is None
             continue
-        assert found.labels[:, 1:].argmax(1).tolist() == expected["objects_id"].tolist()
-        np.testing.assert_allclose(
-            found.labels[:, 1:].amax(1), expected["objects_conf"], rtol=1e-3, atol=1e-7
-        )
-        np.testing.assert_allclose(found.labels.sum(1), np.ones(number + 1), rtol=2e-3)
+        for shares, what in ((found.labels, "objects"), (found.attributes, "attrs")):
+            confidence, ids = shares[:, 1:].max(1)
+            assert ids.tolist() == expected[f"{what}_id"].tolist()
+            np.testing.assert_allclose(confidence, expected[f"{what}_conf"], rtol=1e-3, atol=1e-7)
+            np.testing.assert_allclose(shares.sum(1), np.ones(number + 1), rtol=2e-3)
 
 
 @pytest.mark.parametrize("compressed", [True, False])

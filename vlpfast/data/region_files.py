@@ -31,8 +31,8 @@ _TSV_COLUMNS = {
         *("attrs_id", "attrs_conf", "count", "boxes", "features"),
     ),
 }
-# Objects that the detectors trained on Visual Genome know, background apart.
-_NUM_OBJECTS = 1600
+# What the detectors trained on Visual Genome know, background and "none" apart.
+_NUM_OBJECTS, _NUM_ATTRIBUTES = 1600, 400
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,20 @@ class Detected:
     Attributes:
         features (K, D), boxes (K, 4): fp32; boxes as (x1, y1, x2, y2) in fractions of the sides.
         labels (K, C): distribution over classes, column 0 background; or None.
+        attributes (K, A): distribution over attributes, column 0 none; or None.
     """
 
     features: np.ndarray
     boxes: np.ndarray
-    labels: np.ndarray | None
+    labels: np.ndarray | None = None
+    attributes: np.ndarray | None = None
 
 
 class RegionTsv:
     """Regions in TSV files without a header line, one image a line, arrays in base64.
 
-    A line has the 6 columns of bottom-up attention or the 10 of LXMERT; the latter's objects become
-    labels: the confidence on its class, the rest on background.
+    A line has the 6 columns of bottom-up attention or the 10 of LXMERT. The latter's objects and
+    attributes become distributions: the confidence on the one that is named, the rest on column 0.
 
     Args:
         paths: the files; together they should have every image once.
@@ -116,16 +118,26 @@ def _parse_tsv(cells: Mapping[str, bytes]) -> Detected:
             raise ValueError(f"{name}: not base64 of {count} rows: {error}") from error
 
     sides = np.array([float(cells[side]) for side in ("width", "height", "width", "height")])
-    labels = None
-    if "objects_id" in cells:
-        classes, confidence = array("objects_id", 1, np.int64), array("objects_conf", 1, np.float32)
-        if ((classes < 0) | (classes >= _NUM_OBJECTS)).any():
-            raise ValueError(f"objects_id: expected ids below {_NUM_OBJECTS}, got {classes.max()}")
-        labels = np.zeros((count, 1 + _NUM_OBJECTS), np.float32)
-        np.put_along_axis(labels, 1 + classes, confidence, 1)
-        labels[:, 0] = 1 - confidence[:, 0]
-    boxes = (array("boxes", 4, np.float32) / sides).astype(np.float32)
-    return Detected(array("features", -1, np.float32), boxes, labels)
+
+    def distribution(what: str, num_classes: int) -> np.ndarray | None:
+        if f"{what}_id" not in cells:
+            return None
+        ids, confidence = array(f"{what}_id", 1, np.int64), array(f"{what}_conf", 1, np.float32)
+        if ((ids < 0) | (ids >= num_classes)).any():
+            raise ValueError(
+                f"{what}_id: expected ids in 0 to {num_classes - 1}, got {ids.ravel()}"
+            )
+        found = np.zeros((count, 1 + num_classes), np.float32)
+        np.put_along_axis(found, 1 + ids, confidence, 1)
+        found[:, 0] = 1 - confidence[:, 0]
+        return found
+
+    return Detected(
+        array("features", -1, np.float32),
+        (array("boxes", 4, np.float32) / sides).astype(np.float32),
+        distribution("objects", _NUM_OBJECTS),
+        distribution("attrs", _NUM_ATTRIBUTES),
+    )
 
 
 class RegionLmdb:
@@ -188,7 +200,7 @@ def write_regions(
     name_key: str = "",
     progress: bool = True,
 ) -> dict[str, object]:
-    """Writes the region table of all samples of an index's source, features and labels in fp16.
+    """Writes the region table of all samples of an index's source, boxes in fp32, all else in fp16.
 
     An image that the files do not have, or not well formed, gets no regions, by which training
     leaves it out (`data.regions.with_regions`).
@@ -265,12 +277,11 @@ class _Writer:
         self._offsets.append(self.num_regions)
 
     def _add(self, found: Detected) -> None:
-        every = {"features": found.features, "boxes": found.boxes, "labels": found.labels}
-        parts = {name: part for name, part in every.items() if part is not None}
+        parts = {name: part for name, part in vars(found).items() if part is not None}
         widths = {name: part.shape[1] for name, part in parts.items()}
         lengths = {len(part) for part in parts.values()}
         if len(lengths) > 1:
-            raise ValueError(f"features, boxes and labels differ in their number: {lengths}")
+            raise ValueError(f"{', '.join(parts)} differ in their number of regions: {lengths}")
         if not self._columns:
             self._widths = widths
             for name, part in parts.items():
