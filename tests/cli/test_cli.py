@@ -227,6 +227,7 @@ def test_traceback_on_request(train, monkeypatch):
         "data --help",
         "data make --help",
         "data pack --help",
+        "data regions --help",
         "data check --help",
         "env --help",
     ],

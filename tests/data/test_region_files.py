@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from tests._images import write_set
+from vlpfast import cli
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import open_index
 from vlpfast.data.region_files import RegionLmdb, RegionTsv, write_regions
-from vlpfast.data.regions import RegionTable
+from vlpfast.data.regions import RegionTable, open_regions
 
 WIDTH, HEIGHT, DIM = 40, 32, 5
 
@@ -150,6 +151,20 @@ def test_images_of_other_widths_are_left_out(tmp_path, source):
     assert "expected widths" in summary["without"]["1.png"]
     assert "not an npz archive" in summary["without"]["2.png"]
     assert "expected features and norm_bb" in summary["without"]["3.png"]
+
+
+def test_the_command_writes_what_training_reads(tmp_path, source, capsys):
+    paths = [tmp_path / "a.tsv", tmp_path / "b.tsv"]
+    for path, numbers in zip(paths, ((3, 0), (2,)), strict=True):
+        path.write_text("".join(tsv_line(n, str(n), lxmert=True) for n in numbers))
+    assert cli.main(["data", "regions", str(source), *map(str, paths)]) == 0
+    out = capsys.readouterr().out
+    assert "num_regions: 8" in out
+    assert "without: 1.png: the files do not have '1'" in out
+    index = open_index(DataConfig(path=str(source), regions="files"))
+    assert open_regions(index, "files").at(index.rows).features.lens.tolist() == [1, 3, 4]
+    assert cli.main(["data", "regions", str(source), str(tmp_path / "none.tsv")]) != 0
+    assert "expected TSV files, or one LMDB folder" in capsys.readouterr().err
 
 
 def test_files_that_cannot_be_used(tmp_path, source):

@@ -149,8 +149,10 @@ class RegionLmdb:
     """
 
     def __init__(self, folder: Path) -> None:
-        import lmdb
-
+        try:
+            import lmdb
+        except ModuleNotFoundError as error:
+            raise RuntimeError("UNITER's folders need lmdb: pip install lmdb") from error
         self._environment = lmdb.open(str(folder), readonly=True, create=False, lock=False)
         self._transaction = self._environment.begin(buffers=True)
 
@@ -176,9 +178,12 @@ def _load_uniter(value: bytes) -> Mapping[str, np.ndarray]:
                 return dict(archive)
         except (zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise ValueError(f"not an npz archive: {error}") from error
-    import msgpack
-    import msgpack_numpy
-
+    try:
+        import msgpack
+        import msgpack_numpy
+    except ModuleNotFoundError as error:
+        problem = "values that are not compressed need msgpack and msgpack-numpy"
+        raise RuntimeError(f"{problem}: pip install msgpack msgpack-numpy") from error
     return msgpack.unpackb(value, object_hook=msgpack_numpy.decode)
 
 
@@ -190,6 +195,22 @@ def _parse_uniter(arrays: Mapping[str, np.ndarray]) -> Detected:
     labels = arrays.get("soft_labels")
     # Columns beyond the corners are width and height.
     return Detected(features, boxes[:, :4], None if labels is None else np.asarray(labels))
+
+
+def open_files(paths: Sequence[Path]) -> RegionTsv | RegionLmdb:
+    """TSV files, or one LMDB folder.
+
+    Raises:
+        ValueError: `paths` are neither.
+    """
+    if len(paths) == 1 and paths[0].is_dir():
+        return RegionLmdb(paths[0])
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: expected TSV files, or one LMDB folder alone")
+    if not paths:
+        raise ValueError("files: expected TSV files or an LMDB folder, got none")
+    return RegionTsv(paths)
 
 
 def write_regions(

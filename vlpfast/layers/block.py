@@ -98,25 +98,23 @@ def last_linear(in_features: int, out_features: int, layer_scale: float) -> nn.L
     return nn.Linear(in_features, out_features)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, asks: Layout, read: Layout, **options) -> Tensor:
+    """q (..., H, E) of tokens that lie as `asks` says, k and v of those that lie as `read` does
+    -> (..., H * E); `options` of `ops.attention`.
+    """
+    bounds = {"cu_q": asks.cu_seqlens, "max_q": asks.max_len}
+    bounds |= {"cu_k": read.cu_seqlens, "max_k": read.max_len}
+    return attention(q, k, v, **bounds, **options).flatten(-2)
+
+
 def self_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout_p: float, seed: int
 ) -> Tensor:
     """q, k, v (..., H, E) of the same tokens, which lie as `layout` says -> (..., H * E)."""
-    mixed = attention(
-        q,
-        k,
-        v,
-        cu_q=layout.cu_seqlens,
-        cu_k=layout.cu_seqlens,
-        max_q=layout.max_len,
-        max_k=layout.max_len,
-        q_block=layout.blocks,
-        k_block=None if isinstance(layout.blocks, str) else layout.blocks,
-        bias=layout.bias,
-        dropout_p=dropout_p,
-        seed=seed,
-    )
-    return mixed.flatten(-2)
+    blocks = layout.blocks
+    visible = {"q_block": blocks, "k_block": None if isinstance(blocks, str) else blocks}
+    options = {"bias": layout.bias, "dropout_p": dropout_p, "seed": seed}
+    return attend(q, k, v, layout, layout, **visible, **options)
 
 
 class SelfAttention(nn.Module):
@@ -165,19 +163,10 @@ class CrossAttention(nn.Module):
         self.out = last_linear(dim, dim, layer_scale)
 
     def forward(self, x: Tensor, layout: Layout, keys: CrossKeys, seed: int = 0) -> Tensor:
-        mixed = attention(
-            self.q(x).unflatten(-1, (self.heads, -1)),
-            keys.k,
-            keys.v,
-            cu_q=layout.cu_seqlens,
-            max_q=layout.max_len,
-            cu_k=keys.cu_k,
-            max_k=keys.max_k,
-            kv_index=keys.kv_index,
-            dropout_p=self.dropout if self.training else 0.0,
-            seed=seed,
-        )
-        return self.out(mixed.flatten(-2))
+        q, read = self.q(x).unflatten(-1, (self.heads, -1)), Layout(keys.cu_k, keys.max_k)
+        dropout_p = self.dropout if self.training else 0.0
+        options = {"kv_index": keys.kv_index, "dropout_p": dropout_p, "seed": seed}
+        return self.out(attend(q, keys.k, keys.v, layout, read, **options))
 
 
 class Mlp(nn.Module):

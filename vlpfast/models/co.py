@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from vlpfast.layers.block import Block, Layout, Mlp, ResidualNorm
+from vlpfast.layers.block import Block, Layout, Mlp, ResidualNorm, attend
 from vlpfast.models.config import FusionConfig, StackConfig
 from vlpfast.models.fusion import ConcatTower
 from vlpfast.models.outputs import FusedOutput
-from vlpfast.ops.attention import attention
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 
@@ -92,10 +91,8 @@ class CoLayer(nn.Module):
             if self.mlps is not None:
                 part, site = self.mlps[number], fold_seed(seed, 5 + number)
                 stream = self._branch(stream, part.norm, part.mlp, site)
-            branch, residual = self.own[number](
-                stream.branch, stream.residual, stream.layout, seed=fold_seed(seed, 7 + number)
-            )
-            out.append(stream._replace(branch=branch, residual=residual))
+            state = self.own[number](*stream, seed=fold_seed(seed, 7 + number))
+            out.append(Stream(*state, stream.layout))
         return tuple(out)
 
     def _cross(
@@ -109,12 +106,15 @@ class CoLayer(nn.Module):
         )
         q, k, v = self._project(sides[0], x)
         image_q, image_k, image_v = self._project(sides[1], y)
-        images = None if reads is None else reads.images
-        mixed = [self._attend(q, image_k, image_v, text, image, seed, 3, images)]
+        dropout_p = self.dropout if self.training else 0.0
+        options = {"dropout_p": dropout_p, "seed": fold_seed(seed, 3)}
+        options |= {} if reads is None else {"kv_index": reads.images}
+        mixed = [attend(q, image_k, image_v, text.layout, image.layout, **options)]
         if reads is not None:
             image_q = image_q[reads.tokens]
             image = Stream(None, image.residual[reads.tokens], reads.layout)
-        mixed.append(self._attend(image_q, k, v, image, text, seed, 4))
+        options = {"dropout_p": dropout_p, "seed": fold_seed(seed, 4)}
+        mixed.append(attend(image_q, k, v, image.layout, text.layout, **options))
         return tuple(
             self._leave(stream, side.norm, side.out(part), site)
             for stream, side, part, site in zip((text, image), sides, mixed, seeds, strict=True)
@@ -122,31 +122,6 @@ class CoLayer(nn.Module):
 
     def _project(self, side: CoSide, x: Tensor) -> tuple[Tensor, ...]:
         return side.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        asks: Stream,
-        read: Stream,
-        seed: int,
-        site: int,
-        kv_index: Tensor | None = None,
-    ) -> Tensor:
-        mixed = attention(
-            q,
-            k,
-            v,
-            cu_q=asks.layout.cu_seqlens,
-            cu_k=read.layout.cu_seqlens,
-            max_q=asks.layout.max_len,
-            max_k=read.layout.max_len,
-            kv_index=kv_index,
-            dropout_p=self.dropout if self.training else 0.0,
-            seed=fold_seed(seed, site),
-        )
-        return mixed.flatten(-2)
 
     def _branch(self, stream: Stream, norm: ResidualNorm, run: nn.Module, seed: int) -> Stream:
         x, stream = self._enter(stream, norm, seed)
@@ -179,14 +154,7 @@ class CoTower(nn.Module):
         self.norms = nn.ModuleList(norms) if text.norm == "pre" else None
 
     def forward(self, text: Ragged, keys: Ragged, kv_index: Tensor, seed: int = 0) -> FusedOutput:
-        """Row r joins text r and image `kv_index[r]`; nothing is padded.
-
-        Args:
-            text: packed tokens (T, D) of R texts.
-            keys: packed tokens (N, D_image) of the images.
-            kv_index (R,): int64.
-            seed: keys dropout in training.
-        """
+        """As `ConcatTower.forward`; images' tokens (N, D_image) have a width of their own."""
         tokens, cu_seqlens = keys.token_ids_of(kv_index)
         copies = Layout(cu_seqlens, keys.max_len)
         reads = Reads(tokens, kv_index, copies)

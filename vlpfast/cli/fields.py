@@ -1,0 +1,71 @@
+"""Flags of `vlpfast train`: short names to the paths of a configuration's fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+
+from vlpfast.cli.usage import UsageError
+
+
+def take_resume(flags: list[str]) -> tuple[list[str], str | None]:
+    """The flags without `--resume X`, and X: it belongs to this start, not to the run."""
+    rest, resume = [], None
+    tokens = iter(flags)
+    for token in tokens:
+        if token == "--resume":
+            resume = next(tokens, None)
+            if resume is None or resume.startswith("--"):
+                raise UsageError("--resume needs 'latest' or the path of a checkpoint")
+        elif token.startswith("--resume="):
+            resume = token.partition("=")[2]
+        else:
+            rest.append(token)
+    return rest, resume
+
+
+def full_paths(flags: Sequence[str], config: object) -> list[str]:
+    """Flags with whole paths: `--data X` becomes `--data.path X`, `--steps 9` `--train.steps 9`.
+
+    Raises:
+        UsageError: a field that does not exist, or a short name that several fields have.
+    """
+    paths = list(_field_paths(config))
+    full = []
+    for flag in flags:
+        name, equals, value = flag.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not flag.startswith("--") or name == "help":
+            full.append(flag)
+            continue
+        name = "data.path" if name == "data" else name
+        # tyro's form for switching off: --path.no-field.
+        parent, dot, leaf = name.rpartition(".")
+        asked = f"{parent}{dot}{leaf.removeprefix('no_')}"
+        fitting = [p for p in paths if p in (name, asked)]
+        fitting = fitting or [p for p in paths if not dot and p.rpartition(".")[2] in (name, asked)]
+        if not fitting:
+            raise UsageError(f"unknown field {name!r}; {_nearest_field(name, paths)}")
+        if len(fitting) > 1:
+            raise UsageError(f"several fields are named {name!r}: {', '.join(fitting)}")
+        path = (
+            fitting[0] if fitting[0].endswith(leaf) else f"{fitting[0].rpartition('.')[0]}.{leaf}"
+        )
+        full.append(f"--{path.replace('_', '-')}{equals}{value}")
+    return full
+
+
+def _nearest_field(name: str, paths: Sequence[str]) -> str:
+    by_leaf = {path.rpartition(".")[2]: path for path in paths}
+    near = get_close_matches(name, paths, n=1) or get_close_matches(name, by_leaf, n=1)
+    return f"did you mean {by_leaf.get(near[0], near[0])!r}?" if near else "--help lists all fields"
+
+
+def _field_paths(config: object, prefix: str = "") -> Iterator[str]:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _field_paths(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}"
