@@ -30,7 +30,8 @@ def scenes(*, steps: int = 400) -> RunConfig:
     return replace(
         config,
         name="x_lxmert_scenes",
-        data=clip.SCENES_DATA,
+        objectives=clip.mostly_words(OBJECTIVES, 0.5),
+        data=clip.SCENES_IN_FULL,
         train=replace(config.train, batch_size=32),
     )
 
