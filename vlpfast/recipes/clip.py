@@ -96,7 +96,7 @@ def scenes(config: RunConfig, name: str, *, steps: int) -> RunConfig:
         name=name,
         model=replace(config.model, text=replace(config.model.text, vocab_size=512)),
         data=SCENES_DATA,
-        optim=replace(config.optim, lr=1.5e-3, warmup=100),
+        optim=replace(config.optim, lr=1.5e-3, warmup=50),
         train=replace(config.train, batch_size=64, steps=steps, precision="amp_bf16", threads=1),
     )
 

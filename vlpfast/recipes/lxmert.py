@@ -44,7 +44,7 @@ def compact(size: str, *, preset: str = "lxmert", objectives: ObjectivesConfig) 
 
 
 def scenes(
-    *, preset: str = "lxmert", objectives: ObjectivesConfig = OBJECTIVES, steps: int = 500
+    *, preset: str = "lxmert", objectives: ObjectivesConfig = OBJECTIVES, steps: int = 400
 ) -> RunConfig:
     """`tiny`, 128 wide, on the regions of the embedded data: minutes on one core. Twice the
     published share of words is masked, of the caption that says everything: a masked attribute is

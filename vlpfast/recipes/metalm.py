@@ -28,7 +28,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 500) -> RunConfig:
+def scenes(*, steps: int = 300) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data: writes captions (the shortest, of shapes and colours)
     and answers questions; minutes on one core. Answers are single words, captions many: two of
     three samples are captions, which teach it to look.

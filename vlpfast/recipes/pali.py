@@ -28,7 +28,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 500) -> RunConfig:
+def scenes(*, steps: int = 300) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data: one checkpoint that writes captions (the shortest,
     of shapes and colours), answers questions and judges sentences, as it is asked.
     """

@@ -34,7 +34,7 @@ def _log_odds(batch_size: int) -> float:
     return -math.log(batch_size - 1)
 
 
-def scenes(*, steps: int = 400) -> RunConfig:
+def scenes(*, steps: int = 250) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data: minutes on one core."""
     config = clip.scenes(compact("tiny"), "siglip_scenes", steps=steps)
     bias = _log_odds(config.train.batch_size)

@@ -35,7 +35,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 900) -> RunConfig:
+def scenes(*, steps: int = 600) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data: minutes on one core."""
     config = compact("tiny")
     model = preset_config("vilt", "tiny", context_length=64, vocab_size=512)

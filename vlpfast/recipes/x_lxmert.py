@@ -24,7 +24,7 @@ def compact(size: str) -> RunConfig:
     return replace(config, name=f"x_lxmert_{size}", data=replace(config.data, regions=""))
 
 
-def scenes(*, steps: int = 400) -> RunConfig:
+def scenes(*, steps: int = 300) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data, with the codes of a run of `vqkd_scenes`."""
     config = lxmert.scenes(preset="x-lxmert", objectives=OBJECTIVES, steps=steps)
     return replace(
