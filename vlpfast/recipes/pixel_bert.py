@@ -27,7 +27,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 300) -> RunConfig:
+def scenes(*, steps: int = 450) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data: minutes on one core."""
     config = compact("tiny")
     model = preset_config("pixel-bert", "tiny", context_length=64, vocab_size=512)
