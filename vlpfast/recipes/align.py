@@ -27,7 +27,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 200) -> RunConfig:
+def scenes(*, steps: int = 150) -> RunConfig:
     """`tiny`, its text 128 wide, on the embedded data: minutes on one core."""
     config = clip.scenes(compact("tiny"), "align_scenes", steps=steps)
     return replace(config, model=clip.narrow(config.model))

@@ -28,7 +28,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 200) -> RunConfig:
+def scenes(*, steps: int = 150) -> RunConfig:
     """`tiny` on the embedded data: minutes on one core."""
     config = clip.scenes(compact("tiny"), "vsepp_scenes", steps=steps)
     return replace(config, objectives=replace(_OBJECTIVES, hinge_sum_steps=steps // 2))

@@ -24,7 +24,7 @@ def compact(size: str) -> RunConfig:
     return replace(config, name=f"x_lxmert_{size}", data=replace(config.data, regions=""))
 
 
-def scenes(*, steps: int = 300) -> RunConfig:
+def scenes(*, steps: int = 700) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data, with the codes of a run of `vqkd_scenes`."""
     config = lxmert.scenes(preset="x-lxmert", objectives=OBJECTIVES, steps=steps)
     return replace(
@@ -32,7 +32,7 @@ def scenes(*, steps: int = 300) -> RunConfig:
         name="x_lxmert_scenes",
         objectives=clip.mostly_words(OBJECTIVES, 0.5),
         data=clip.SCENES_IN_FULL,
-        train=replace(config.train, batch_size=32),
+        train=replace(config.train, batch_size=16),
     )
 
 
