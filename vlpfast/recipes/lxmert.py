@@ -44,11 +44,15 @@ def compact(size: str, *, preset: str = "lxmert", objectives: ObjectivesConfig) 
 
 
 def scenes(
-    *, preset: str = "lxmert", objectives: ObjectivesConfig = OBJECTIVES, steps: int = 400
+    *,
+    preset: str = "lxmert",
+    objectives: ObjectivesConfig = OBJECTIVES,
+    data: DataConfig = clip.SCENES_DATA,
+    steps: int = 500,
 ) -> RunConfig:
     """`tiny`, 128 wide, on the regions of the embedded data: minutes on one core. Twice the
-    published share of words is masked, of the caption that says everything: a masked attribute is
-    what makes the model look at the regions.
+    published share of words is masked: a masked attribute is what makes the model look at the
+    regions.
     """
     config = compact("tiny", preset=preset, objectives=objectives)
     model = preset_config(preset, "tiny", context_length=64, vocab_size=512)
@@ -57,7 +61,7 @@ def scenes(
         name=f"{preset}_scenes",
         model=clip.narrow(model),
         objectives=replace(objectives, mlm_probability=0.3),
-        data=replace(clip.SCENES_IN_FULL, regions="scenes"),
+        data=replace(data, regions="scenes"),
         optim=replace(config.optim, lr=2e-3, warmup=100),
         train=replace(config.train, batch_size=64, steps=steps, precision="amp_bf16", threads=1),
     )

@@ -28,7 +28,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 250) -> RunConfig:
+def scenes(*, steps: int = 300) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data: writes captions (the shortest, of shapes and colours)
     and answers questions; minutes on one core. Answers are single words, captions many: two of
     three samples are captions, which teach it to look.
@@ -41,7 +41,7 @@ def scenes(*, steps: int = 250) -> RunConfig:
         model=clip.narrow(model),
         data=replace(clip.SCENES_DATA, tasks=("caption", "caption", "vqa"), captions=(2,)),
         optim=replace(config.optim, lr=1.5e-3, warmup=50),
-        train=replace(config.train, batch_size=64, steps=steps, precision="amp_bf16", threads=1),
+        train=replace(config.train, batch_size=32, steps=steps, precision="amp_bf16", threads=1),
     )
 
 

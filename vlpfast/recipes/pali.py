@@ -28,7 +28,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 250) -> RunConfig:
+def scenes(*, steps: int = 300) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data: one checkpoint that writes captions (the shortest,
     of shapes and colours), answers questions and judges sentences, as it is asked. Half of the
     samples are captions, whose many words teach it to look.
@@ -42,7 +42,7 @@ def scenes(*, steps: int = 250) -> RunConfig:
         model=clip.narrow(model),
         data=replace(clip.SCENES_DATA, tasks=tasks, captions=(2,)),
         optim=replace(config.optim, lr=1.5e-3, warmup=50),
-        train=replace(config.train, batch_size=64, steps=steps, precision="amp_bf16", threads=1),
+        train=replace(config.train, batch_size=32, steps=steps, precision="amp_bf16", threads=1),
     )
 
 
