@@ -26,19 +26,23 @@ _HEADLINE = {
     "retrieval": ("txt_r1", "txt_r10", "img_r1", "img_r10"),
     "mlm": ("mlm_accuracy", "shuffled_mlm_accuracy"),
     "swap": ("swap_accuracy", "itm_swap_accuracy"),
-    "caption": (
-        "next_token_accuracy",
-        "shuffled_next_token_accuracy",
-        "exact_match",
-        "shuffled_exact_match",
-    ),
+}
+# The row of an evaluation that says how long its training kept a core busy, all threads together.
+CORE_MINUTES = "core_minutes"
+# By which metric a task is seen to work, and the same with another image or random weights; where
+# there is none, chance is the control.
+_WORKS = {
+    "retrieval": ("img_r10", ""),
+    "mlm": ("mlm_accuracy", "shuffled_mlm_accuracy"),
+    "caption": ("next_token_accuracy", "shuffled_next_token_accuracy"),
     "vqa": ("vqa_accuracy", "shuffled_vqa_accuracy"),
-    "classify": ("accuracy",),
-    "codes": ("codebook_use", "codebook_perplexity"),
-    "mim": ("mim_accuracy", "class_head_mim_accuracy", "shuffled_mim_accuracy"),
+    "classify": ("accuracy", ""),
+    "codes": ("codebook_use", ""),
+    "mim": ("mim_accuracy", "shuffled_mim_accuracy"),
     "linear": ("linear_auc", "random_linear_auc"),
 }
-# The systems whose runs stand in README.md; those of the others stand in docs/presets.md.
+# The systems whose runs stand in README.md, a table a task; docs/presets.md has a line of each of
+# the others.
 _MAIN = ("albef", "clip")
 
 
@@ -50,8 +54,9 @@ class QualityRow:
         run, preset: name of the run and of its model's preset.
         task, data, where, protocol: what was evaluated; `data` is folder/file, `protocol` the
             options that change numbers (rerank_k, pool_texts, captions).
-        metric, value, chance: recalls and accuracies in percent.
-        samples_seen, minutes, threads: training until these weights, on this many CPU threads.
+        metric, value, chance: recalls and accuracies in percent; beside them `CORE_MINUTES`.
+        samples_seen, minutes, threads: training until these weights, on this many CPU threads;
+            minutes passed, other programs' turns and pauses included.
         num_images, num_texts: candidates.
         machine, torch, commit, date: where, with what, which revision, when it was recorded (UTC).
     """
@@ -76,16 +81,19 @@ class QualityRow:
     date: str
 
 
-def _training(run: Path, step: int) -> tuple[int, float]:
-    """Samples seen and minutes spent in steps until `step`."""
-    samples, seconds, last = 0, 0.0, 0
+def _training(run: Path, step: int) -> tuple[int, float, float]:
+    """Samples seen, and minutes and core-minutes (0 where none are logged) spent in steps until
+    `step`.
+    """
+    samples, seconds, busy, last = 0, 0.0, 0.0, 0
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         if row["step"] > step:
             break
         seconds += row["step_s"] * (row["step"] - last)
+        busy += row.get("cpu_s", 0.0) * (row["step"] - last)
         samples, last = row["samples_seen"], row["step"]
-    return samples, seconds / 60
+    return samples, seconds / 60, busy / 60
 
 
 def rows_of(run: Path, machine_name: str | None = None) -> list[QualityRow]:
@@ -105,12 +113,13 @@ def rows_of(run: Path, machine_name: str | None = None) -> list[QualityRow]:
         info, counts = result["info"], result["counts"]
         stem = Path(info["weights"]).stem
         step = int(stem.removeprefix("step_")) if stem.startswith("step_") else 2**62
-        samples, minutes = _training(run, step)
+        samples, minutes, core_minutes = _training(run, step)
         protocol = {
             name: info[name] for name in ("rerank_k", "pool_texts", "captions") if name in info
         }
         data = Path(info["data"])
-        for metric, value in result["metrics"].items():
+        busy = {CORE_MINUTES: core_minutes} if core_minutes else {}
+        for metric, value in (result["metrics"] | busy).items():
             row = QualityRow(
                 run=config["name"],
                 preset=f"{config['model']['preset']} {config['model']['size']}",
@@ -140,12 +149,44 @@ def is_main(row: QualityRow) -> bool:
     return row.preset.split()[0] in _MAIN
 
 
-def tables(rows: Iterable[QualityRow]) -> str:
-    """One markdown table a task: the newest rows of each run and data set."""
+def _newest(rows: Iterable[QualityRow]) -> dict[tuple, dict[str, QualityRow]]:
+    """(task, run, data, where, protocol) -> its last evaluation's rows by metric."""
     newest: dict[tuple, dict[str, QualityRow]] = {}
     for row in sorted(rows, key=lambda row: row.date):
         key = (row.task, row.run, row.data, row.where, row.protocol)
         newest.setdefault(key, {})[row.metric] = row
+    return newest
+
+
+def works(rows: Iterable[QualityRow]) -> str:
+    """One markdown table, a line for each system and task: metric, control, chance, and what the
+    metric has over the greater of both.
+    """
+    lines = [
+        "| preset | recipe, training | task: metric | value | control | chance | margin |",
+        "|" + "---|" * 7,
+    ]
+    cases = ((run, task, found) for (task, run, *_), found in _newest(rows).items())
+    for run, task, found in sorted(cases, key=lambda case: case[:2]):
+        metric, other = _WORKS[task]
+        row, control = found[metric], found.get(other)
+        floor = max(r for r in (control and control.value, row.chance) if r is not None)
+        cells = [
+            row.preset.split()[0],
+            f"`{run}`, {_time(found)}",
+            f"{task}: {metric}",
+            f"{row.value:.1f}",
+            f"{control.value:.1f}" if control else "",
+            "" if row.chance is None else f"{row.chance:.1f}",
+            f"{row.value - floor:+.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tables(rows: Iterable[QualityRow]) -> str:
+    """One markdown table a task: the newest rows of each run and data set."""
+    newest = _newest(rows)
     parts = []
     for task, headline in _HEADLINE.items():
         cases = {key: found for key, found in newest.items() if key[0] == task}
@@ -160,15 +201,22 @@ def tables(rows: Iterable[QualityRow]) -> str:
         ]
         for (_, run, data, where, protocol), found in cases.items():
             some = next(iter(found.values()))
-            training = (
-                f"{some.samples_seen / 1000:.0f} k samples, {some.minutes:.0f} min, "
-                f"{some.threads} thread{'s' if some.threads > 1 else ''}"
-            )
             what = " ".join(filter(None, (data, where, protocol)))
             cells = [_cell(found.get(name)) for name in names]
-            lines.append(f"| {run} | {some.preset} | {training} | {what} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {run} | {some.preset} | {_time(found)} | {what} | {' | '.join(cells)} |"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _time(found: dict[str, QualityRow]) -> str:
+    """How long a run was trained."""
+    some = next(iter(found.values()))
+    time = f"{some.minutes:.0f} min, {some.threads} thread{'s' if some.threads > 1 else ''}"
+    if CORE_MINUTES in found:
+        time = f"{found[CORE_MINUTES].value:.1f} core-minutes"
+    return f"{some.samples_seen / 1000:.0f} k samples, {time}"
 
 
 def _cell(row: QualityRow | None) -> str:
@@ -195,10 +243,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(rows)} rows of {run.name} -> {path}")
     paths = sorted(options.results.glob(f"*/{FILE}"))
     every = [row for path in paths for row in load(path, QualityRow)]
-    for file, main_systems in ((options.readme, True), (options.presets, False)):
+    shown = {
+        options.readme: tables(row for row in every if is_main(row)),
+        options.presets: works(row for row in every if not is_main(row)),
+    }
+    for file, text in shown.items():
         if file is not None:
-            shown = tables(row for row in every if is_main(row) == main_systems)
-            file.write_text(rewrite(file.read_text(), shown, BEGIN, END))
+            file.write_text(rewrite(file.read_text(), text, BEGIN, END))
     return 0
 
 

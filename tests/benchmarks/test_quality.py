@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import BEGIN, END, FILE, QualityRow, main, rows_of
+from benchmarks.quality import BEGIN, CORE_MINUTES, END, FILE, QualityRow, main, rows_of, works
 from benchmarks.rows import load
 
 
@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> Path:
         result = {
             "task": "retrieval",
             "metrics": {"txt_r1": recall, "txt_r10": 50.0, "img_r1": 20.0, "img_r10": 60.0},
-            "chance": {"txt_r1": 0.5},
+            "chance": {"txt_r1": 0.5, "img_r10": 5.0},
             "counts": {"num_images": 200, "num_texts": 400},
             "info": {
                 "weights": f"{folder}/checkpoints/step_20.pt",
@@ -55,6 +55,18 @@ def test_rows_tell_what_was_trained_and_evaluated(run):
     assert (row.samples_seen, row.minutes, row.threads) == (160, 3.0, 2)
 
 
+def test_core_minutes_are_told_where_they_are_logged(run, tmp_path):
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step_s"', '"cpu_s": 1.5, "step_s"'))
+    rows = {row.metric: row for row in rows_of(run, "box")}
+    assert (rows[CORE_MINUTES].value, rows["txt_r1"].minutes) == (0.5, 3.0)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    places = ["--results", str(tmp_path / "results"), "--readme", str(readme)]
+    main([str(run), "--machine", "box", *places])
+    assert "| small | clip tiny | 0 k samples, 0.5 core-minutes |" in readme.read_text()
+
+
 def test_training_counts_until_the_evaluated_step(run):
     path = run / "eval" / "retrieval-2.json"
     path.write_text(path.read_text().replace("step_20", "step_10"))
@@ -70,9 +82,19 @@ def test_readme_table_is_made_from_the_rows(run, tmp_path):
     text = readme.read_text()
     assert "old" not in text
     assert "| small | clip tiny | 0 k samples, 3 min, 2 threads |" in text
-    assert "| 25.0 (0.5) | 50.0 | 20.0 | 60.0 |" in text
+    assert "| 25.0 (0.5) | 50.0 | 20.0 | 60.0 (5.0) |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
+
+
+def test_margin_is_over_the_greater_of_control_and_chance(run, tmp_path):
+    for path in (run / "eval").glob("*.json"):
+        result = json.loads(path.read_text())
+        result |= {"task": "vqa", "chance": {"vqa_accuracy": 34.0}}
+        result["metrics"] = {"vqa_accuracy": 38.0, "shuffled_vqa_accuracy": 31.0}
+        path.write_text(json.dumps(result))
+    (row,) = works(rows_of(run, "box")).splitlines()[2:]
+    assert row.endswith("| vqa: vqa_accuracy | 38.0 | 31.0 | 34.0 | +4.0 |")
 
 
 def test_other_systems_stand_elsewhere(run, tmp_path):
@@ -83,8 +105,9 @@ def test_other_systems_stand_elsewhere(run, tmp_path):
         file.write_text(f"{BEGIN}\n{END}\n")
     places = ["--readme", str(files["README.md"]), "--presets", str(files["presets.md"])]
     main([str(run), "--machine", "box", "--results", str(tmp_path / "results"), *places])
-    assert "| small | vilt tiny |" in files["presets.md"].read_text()
-    assert "| small |" not in files["README.md"].read_text()
+    line = "| vilt | `small`, 0 k samples, 3 min, 2 threads | retrieval: img_r10 |"
+    assert f"{line} 60.0 |  | 5.0 | +55.0 |" in files["presets.md"].read_text()
+    assert "small" not in files["README.md"].read_text()
 
 
 def test_a_run_without_evaluations_says_how_to_make_one(run):

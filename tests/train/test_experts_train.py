@@ -39,7 +39,7 @@ def guide(tmp_path_factory):
 
 
 def small(name: str, scenes, logs, *, steps: int = 4, guide="", init="", depth: int = 2):
-    """The recipe with 8 pairs a step, 32 wide."""
+    """The recipe with 8 pairs a step, 32 wide, all its objectives in every step."""
     config = recipes.get(name)
     shape = {"dim": 32, "heads": 2}
     model = replace(
@@ -51,7 +51,7 @@ def small(name: str, scenes, logs, *, steps: int = 4, guide="", init="", depth: 
     return replace(
         config,
         model=model,
-        objectives=replace(config.objectives, guide=str(guide)),
+        objectives=replace(config.objectives, guide=str(guide), mix=()),
         data=replace(config.data, path=str(scenes), workers=1),
         train=replace(
             config.train,

@@ -29,7 +29,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 400) -> RunConfig:
+def scenes(*, steps: int = 250) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data: minutes on one core."""
     config = compact("tiny")
     model = config.model

@@ -43,7 +43,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 700) -> RunConfig:
+def scenes(*, steps: int = 350) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data: minutes on one core."""
     config = compact("tiny")
     parts = _pretraining("tiny", context_length=64, vocab_size=512)
@@ -51,7 +51,8 @@ def scenes(*, steps: int = 700) -> RunConfig:
         config,
         name="beit3_scenes",
         model=clip.narrow(parts["model"]),
-        data=clip.SCENES_DATA,
+        objectives=clip.mostly_words(OBJECTIVES, OBJECTIVES.mlm_probability),
+        data=clip.SCENES_IN_FULL,
         optim=replace(config.optim, lr=1.5e-3, warmup=100),
         train=replace(config.train, batch_size=32, steps=steps, precision="amp_bf16", threads=1),
     )
@@ -64,7 +65,7 @@ def scenes_words(*, steps: int = 700) -> RunConfig:
         config,
         name="beit3_scenes_words",
         model=replace(config.model, codes=0),
-        objectives=_WORDS,
+        objectives=clip.mostly_words(_WORDS, _WORDS.mlm_probability),
     )
 
 
@@ -79,6 +80,7 @@ def scenes_retrieval(*, steps: int = 700) -> RunConfig:
         name="beit3_scenes_retrieval",
         model=clip.narrow(model),
         objectives=ObjectivesConfig(itc=1.0),
+        data=clip.SCENES_DATA,
         train=replace(config.train, batch_size=64),
     )
 

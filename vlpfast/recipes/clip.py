@@ -60,16 +60,44 @@ def emoji_model(model: ModelConfig, steps: int) -> ModelConfig:
 SCENES_DATA = DataConfig(
     path="", vocab_size=512, max_tokens=48, crop_scale=(1.0, 1.0), cache_gib=1.0
 )
+# Of a scene's captions the first, which says everything.
+SCENES_IN_FULL = replace(SCENES_DATA, captions=(0,))
 
 
-def narrow(model: ModelConfig) -> ModelConfig:
-    """A compact `model` with all stacks 128 wide and 4 heads, for minutes on a core."""
+def narrow(model: ModelConfig, **others: object) -> ModelConfig:
+    """A compact `model` with all stacks 128 wide and 4 heads, for minutes on a core; `others` are
+    further fields.
+    """
     shape = {"dim": 128, "heads": 4}
     return replace(
         model,
         vision=replace(model.vision, **shape),
         text=replace(model.text, **shape),
         fusion=replace(model.fusion, **shape) if model.fusion.depth else model.fusion,
+        **others,
+    )
+
+
+def mostly_words(objectives: ObjectivesConfig, probability: float) -> ObjectivesConfig:
+    """One of `objectives` a step, masked words in three of four, a share `probability` of them.
+
+    From random weights a masked word is what first makes a model look at the image, the more so the
+    less the other words tell; matching and alignment say little before.
+    """
+    others = sorted(objectives.weights.keys() - {"mlm", "wra"})
+    mix = (("mlm", 3.0 * len(others)), *((name, 1.0) for name in others))
+    return replace(objectives, mix=mix, mlm_probability=probability)
+
+
+def scenes(config: RunConfig, name: str, *, steps: int) -> RunConfig:
+    """A compact dual-tower `config` on the embedded data: minutes on one core."""
+    return replace(
+        config,
+        name=name,
+        model=replace(config.model, text=replace(config.model.text, vocab_size=512)),
+        data=SCENES_DATA,
+        optim=replace(config.optim, lr=1.5e-3, warmup=50),
+        train=replace(config.train, batch_size=64, steps=steps, precision="amp_bf16", threads=1),
     )
 
 

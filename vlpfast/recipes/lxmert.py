@@ -46,9 +46,13 @@ def compact(size: str, *, preset: str = "lxmert", objectives: ObjectivesConfig) 
 
 
 def scenes(
-    *, preset: str = "lxmert", objectives: ObjectivesConfig = OBJECTIVES, steps: int = 500
+    *,
+    preset: str = "lxmert",
+    objectives: ObjectivesConfig = OBJECTIVES,
+    data: DataConfig = clip.SCENES_DATA,
+    steps: int = 500,
 ) -> RunConfig:
-    """`tiny`, 128 wide, on the regions of the embedded data: three minutes on one core. Twice the
+    """`tiny`, 128 wide, on the regions of the embedded data: minutes on one core. Twice the
     published share of words is masked: a masked attribute is what makes the model look at the
     regions.
     """
@@ -59,7 +63,7 @@ def scenes(
         name=f"{preset}_scenes",
         model=clip.narrow(model),
         objectives=replace(objectives, mlm_probability=0.3),
-        data=replace(clip.SCENES_DATA, regions="scenes"),
+        data=replace(data, regions="scenes"),
         optim=replace(config.optim, lr=2e-3, warmup=100),
         train=replace(config.train, batch_size=64, steps=steps, precision="amp_bf16", threads=1),
     )

@@ -27,7 +27,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 700) -> RunConfig:
+def scenes(*, steps: int = 450) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data: minutes on one core."""
     config = compact("tiny")
     model = preset_config("pixel-bert", "tiny", context_length=64, vocab_size=512)
@@ -35,8 +35,9 @@ def scenes(*, steps: int = 700) -> RunConfig:
         config,
         name="pixel_bert_scenes",
         model=clip.narrow(model),
-        data=clip.SCENES_DATA,
-        optim=replace(config.optim, lr=2e-3, warmup=100),
+        objectives=clip.mostly_words(OBJECTIVES, 0.5),
+        data=clip.SCENES_IN_FULL,
+        optim=replace(config.optim, lr=1.5e-3, warmup=100),
         train=replace(config.train, batch_size=32, steps=steps, precision="amp_bf16", threads=1),
     )
 

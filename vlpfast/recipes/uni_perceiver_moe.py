@@ -11,5 +11,5 @@ RECIPES = {
     "tiny": partial(uni_perceiver.compact, "tiny", _PRESET),
     "small": partial(uni_perceiver.compact, "small", _PRESET),
     "base": partial(uni_perceiver.base, _PRESET),
-    "scenes": partial(uni_perceiver.scenes, _PRESET),
+    "scenes": partial(uni_perceiver.scenes, _PRESET, steps=150),
 }

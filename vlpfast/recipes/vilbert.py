@@ -9,7 +9,7 @@ from functools import partial
 from vlpfast.data.config import DataConfig
 from vlpfast.models.presets import preset_config
 from vlpfast.objectives.config import ObjectivesConfig
-from vlpfast.recipes import lxmert
+from vlpfast.recipes import clip, lxmert
 from vlpfast.train.config import OptimConfig, RunConfig, TrainConfig
 
 OBJECTIVES = ObjectivesConfig(
@@ -46,5 +46,11 @@ RECIPES = {
     "tiny": partial(lxmert.compact, "tiny", preset="vilbert", objectives=OBJECTIVES),
     "small": partial(lxmert.compact, "small", preset="vilbert", objectives=OBJECTIVES),
     "base": base,
-    "scenes": partial(lxmert.scenes, preset="vilbert", objectives=OBJECTIVES),
+    "scenes": partial(
+        lxmert.scenes,
+        preset="vilbert",
+        objectives=OBJECTIVES,
+        data=clip.SCENES_IN_FULL,
+        steps=400,
+    ),
 }

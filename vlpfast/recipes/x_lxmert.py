@@ -24,14 +24,15 @@ def compact(size: str) -> RunConfig:
     return replace(config, name=f"x_lxmert_{size}", data=replace(config.data, regions=""))
 
 
-def scenes(*, steps: int = 400) -> RunConfig:
+def scenes(*, steps: int = 700) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data, with the codes of a run of `vqkd_scenes`."""
     config = lxmert.scenes(preset="x-lxmert", objectives=OBJECTIVES, steps=steps)
     return replace(
         config,
         name="x_lxmert_scenes",
-        data=clip.SCENES_DATA,
-        train=replace(config.train, batch_size=32),
+        objectives=clip.mostly_words(OBJECTIVES, 0.5),
+        data=clip.SCENES_IN_FULL,
+        train=replace(config.train, batch_size=16),
     )
 
 
