@@ -27,11 +27,11 @@ class Guide:
     def __init__(self, model: VLPModel, gives_codes: bool) -> None:
         if gives_codes and model.tokenizer is None:
             raise ValueError(
-                "objectives.guide of mim is a tokenizer's run (vqkd_tiny, ...), "
+                "objectives.guide of mim is a tokenizer's run (vqkd_tiny, kmeans_tiny, ...), "
                 f"got one of preset {model.config.preset!r}"
             )
         vision = model.config.vision
-        if vision.front not in ("patches", "grid") or not vision.depth:
+        if not gives_codes and (vision.front not in ("patches", "grid") or not vision.depth):
             raise ValueError(
                 "objectives.guide of vqkd is a run with a vision transformer over patches, "
                 f"got one of preset {model.config.preset!r}"

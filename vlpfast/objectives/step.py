@@ -41,6 +41,7 @@ _AFTER_FUSION = {
     "mvm": codes.mvm,
     "mpp": codes.mpp,
     "vqkd": codes.vqkd,
+    "kmeans": codes.kmeans,
 }
 
 

@@ -19,7 +19,12 @@ from vlpfast.data.batch import Batch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, make_tokenizer, open_index
-from vlpfast.data.masking import mask_patches, mask_regions, mask_text
+from vlpfast.data.masking import (
+    mask_patches,
+    mask_patches_evenly,
+    mask_regions,
+    mask_text,
+)
 from vlpfast.data.sources import containers
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.models.load import run_config, start_from
@@ -114,8 +119,11 @@ def prepare(batch: Batch, config: RunConfig, tokenizer: Tokenizer, guide: Guide 
         batch = replace(batch, masked_regions=hidden)
     if objectives.hides_patches:
         patches = config.model.num_patches
-        count = max(1, round(objectives.mim_probability * patches))
-        ids = mask_patches(count, math.isqrt(patches), **key)
+        if objectives.mim_mask == "even":
+            ids = mask_patches_evenly(patches, **key)
+        else:
+            count = max(1, round(objectives.mim_probability * patches))
+            ids = mask_patches(count, math.isqrt(patches), **key)
         batch = replace(batch, hidden_patches=ids)
     if guide is not None:
         bf16 = config.train.precision == "amp_bf16"
