@@ -76,7 +76,7 @@ def _narrow(config: ModelConfig, vision: dict) -> dict:
     return parts
 
 
-def batch_of(number: int, rank: int, world: int) -> Batch:
+def batch_of(number: int, rank: int, world: int, *, unlike: bool = False) -> Batch:
     """Every `world`-th pair of a batch, with all that any of the objectives reads."""
     generator = torch.Generator().manual_seed(number)
     integers = lambda high, *shape: torch.randint(0, high, shape, generator=generator)
@@ -91,6 +91,8 @@ def batch_of(number: int, rank: int, world: int) -> Batch:
     own = torch.arange(rank, ROWS, world)
     tokens, _ = whole.text.token_ids_of(own)
     text = whole.text.select(own)
+    # Of ViLT alone: images of unlike sizes, in two steps of three.
+    shapes = torch.tensor([[16, 16], [8, 16], [16, 16], [16, 8], [8, 8], [16, 16]])
     return Batch(
         images=whole.images[own],
         text=text,
@@ -107,6 +109,7 @@ def batch_of(number: int, rank: int, world: int) -> Batch:
         answer_ids=torch.tensor([2, -100, 0, 1, -100, 2])[own],
         class_ids=classes[own],
         class_names=NAMES,
+        sizes=shapes[own] if unlike and number else None,
     )
 
 
@@ -127,8 +130,9 @@ def train(rank: int, world: int, preset: str) -> tuple[dict[str, Tensor], dict[s
     module = World(rank, world, torch.device("cpu")).wrap(step)
     sums: dict[str, Tensor] = {}
     for number in range(8 if config.mix else 3):
+        batch = batch_of(number, rank, world, unlike=preset == "vilt")
         with patch.object(matching, "mixed_images", partners):
-            losses = module(batch_of(number, rank, world), seed=number, step=number).losses
+            losses = module(batch, seed=number, step=number).losses
         total = 0.0
         for name, (loss, count) in losses.items():
             count = count.double()

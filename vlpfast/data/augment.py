@@ -86,6 +86,21 @@ def eval_boxes(widths: np.ndarray, heights: np.ndarray, crop: str) -> np.ndarray
     return np.stack([(widths - side) // 2, (heights - side) // 2, side, side], -1)
 
 
+def aspect_sizes(
+    widths: np.ndarray, heights: np.ndarray, *, shorter: int, max_aspect: float, multiple: int
+) -> np.ndarray:
+    """(B, 2) int64 height and width that images are resized to: the shorter side `shorter`, both
+    less where the longer would be above `max_aspect` times that, then down to multiples.
+
+    Source: dandelin/ViLT vilt/transforms/utils.py `MinMaxResize`.
+    """
+    sides = np.stack([heights, widths], 1).astype(np.float64)
+    sides *= shorter / sides.min(1, keepdims=True)
+    sides *= np.minimum(1.0, int(max_aspect * shorter) / sides.max(1, keepdims=True))
+    rounded = np.floor(sides + 0.5).astype(np.int64) // multiple * multiple
+    return np.maximum(rounded, multiple)
+
+
 def hflip(images: Tensor, *, seed: int, positions: Tensor, probability: float) -> Tensor:
     """Mirrors each image (B, H, W, 3) with `probability`."""
     flipped = uniforms(seed, positions, FLIP, 1)[:, 0] < probability
