@@ -45,7 +45,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
 
     The folder holds config.json, tokenizer.json, out.log, metrics.jsonl, loss.png, tensorboard/,
     checkpoints/step_K.pt, and at the end model.safetensors; guide.json is the configuration of the
-    run that `objectives.guide` names.
+    run that `objectives.guide` names, answers.json the answers that the model tells, by number.
 
     Args:
         config: of the whole run. The model's vocabulary becomes the tokenizer's.
@@ -142,6 +142,9 @@ def run_of(
         identity["guide"] = guide.sha256
         text = json.dumps(run_config(Path(config.objectives.guide)), indent=2) + "\n"
         files["guide.json"] = lambda path: path.write_text(text)
+    if config.model.answers and config.data.answers:
+        answers = open_answers(index, config.data.tasks, config.data.answers)
+        files["answers.json"] = lambda path: path.write_text(json.dumps(list(answers)) + "\n")
     return Run(
         name=config.name,
         folder=config.run_dir,
