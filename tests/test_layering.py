@@ -21,7 +21,7 @@ LAYERS = [
     {"layers"},
     {"ops"},
     {"kernels", "_ext"},
-    {"regions"},
+    {"regions", "images"},
     {"config", "ragged"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
+from tests._recipes import small
 from vlpfast.data.answers import open_answers
 from vlpfast.data.config import DataConfig
 from vlpfast.data.loader import make_loader, make_tokenizer, open_index
 from vlpfast.data.scenes import write_shards
 from vlpfast.recipes import get
-from vlpfast.train.run import fit_answers
+from vlpfast.train.run import fit_answers, train
 
 BOTH = ("caption", "vqa")
 
@@ -86,6 +89,16 @@ def test_the_model_has_the_datas_answers(scenes):
     data = DataConfig(path=str(scenes), tasks=BOTH, answers=7)
     fitted = fit_answers(replace(config, data=data), open_index(data))
     assert fitted.model.answers == 7
+
+
+@pytest.mark.slow
+def test_a_run_keeps_the_names_of_its_answers(scenes, tmp_path):
+    config = small("lxmert_scenes_answers", scenes, tmp_path, 1)
+    result = train(config)
+    names = json.loads((config.run_dir / "answers.json").read_text())
+    assert names == list(open_answers(open_index(config.data), BOTH, config.data.answers))
+    state = torch.load(result.checkpoint, weights_only=True)["state_dict"]
+    assert state["model.answer_head.answers.bias"].shape == (len(names),)
 
 
 def test_answers_need_questions():

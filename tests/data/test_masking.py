@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vlpfast.data.masking import mask_patches, mask_text
+from vlpfast.data.masking import mask_patches, mask_patches_evenly, mask_text
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.ops.reference.counter import draw, stream, uniform
 from vlpfast.ragged import Ragged
@@ -166,3 +166,31 @@ def test_patches_depend_on_seed_and_place_alone():
     assert not ids.equal(mask_patches(24, 8, seed=4, positions=positions))
     with pytest.raises(ValueError, match=r"num_hidden must be in \[1, 64\], got 65"):
         mask_patches(65, 8, seed=3, positions=positions)
+
+
+def test_any_number_of_any_patches():
+    """Over 9,000 images of 9 patches, numbers from 1 to 9 and the patches themselves are uniform to
+    5 sigma; ids ascend, none is there twice, and what is left is -1.
+    """
+    images, patches = 9_000, 9
+    ids = mask_patches_evenly(patches, seed=3, positions=torch.arange(images))
+    assert ids.shape == (images, patches)
+    counts = (ids >= 0).sum(1)
+    assert ((ids >= 0) == (torch.arange(patches) < counts[:, None])).all()
+    inside = (ids[:, 1:] >= 0).flatten()
+    assert (ids.diff(dim=1).flatten()[inside] > 0).all()
+    numbers = counts.bincount(minlength=patches + 1)
+    assert numbers[0] == 0
+    spread = 5 * (images / patches) ** 0.5
+    assert ((numbers[1:] - images / patches).abs() < spread).all()
+    of_each = ids[ids >= 0].bincount(minlength=patches)
+    assert ((of_each - of_each.float().mean()).abs() < 5 * (images / 4) ** 0.5).all()
+
+
+def test_even_masks_are_of_places_in_the_stream():
+    positions = torch.tensor([7, 8, 1 << 40])
+    ids = mask_patches_evenly(16, seed=3, positions=positions)
+    assert ids.equal(mask_patches_evenly(16, seed=3, positions=positions.numpy()))
+    assert ids[1:2].equal(mask_patches_evenly(16, seed=3, positions=positions[1:2]))
+    assert not ids.equal(mask_patches_evenly(16, seed=4, positions=positions))
+    assert mask_patches_evenly(1, seed=0, positions=positions).tolist() == [[0]] * 3

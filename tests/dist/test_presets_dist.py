@@ -20,7 +20,7 @@ from vlpfast.models import VLPModel, preset_config
 from vlpfast.models.config import ModelConfig
 from vlpfast.objectives import ObjectivesConfig, PretrainStep, matching
 from vlpfast.ragged import Ragged
-from vlpfast.recipes import lxmert, metalm, pali, pixel_bert, uni_perceiver, vilt, x_lxmert
+from vlpfast.recipes import kmeans, lxmert, metalm, pali, pixel_bert, uni_perceiver, vilt, x_lxmert
 from vlpfast.train.distributed import World
 
 # As their recipes train them.
@@ -28,6 +28,7 @@ CASES = {
     "align": ObjectivesConfig(label_smoothing=0.1),
     "clip": ObjectivesConfig(),
     "flip": ObjectivesConfig(),
+    "kmeans": kmeans.OBJECTIVES,
     "lxmert": lxmert.ALL,
     "metalm": metalm.OBJECTIVES,
     "pali": pali.OBJECTIVES,
@@ -46,6 +47,10 @@ NAMES = Ragged.from_lists([[1, 5, 2], [1, 6, 7, 2], [1, 8, 2]])
 def model_of(preset: str) -> VLPModel:
     """Small, and where training drops patches, one of four."""
     config = preset_config(preset, "tiny", vocab_size=50, image_size=16)
+    if preset == "kmeans":
+        # Which inputs centres begin as and are moved to depends on the split; so none are.
+        book = replace(config.codebook, size=5, revive_below=0.0)
+        config = replace(config, codebook=book)
     if preset == "lxmert":
         config = replace(config, answers=3)
     if preset == "uniter":
@@ -55,7 +60,10 @@ def model_of(preset: str) -> VLPModel:
     vision = {"region_attributes": 5} if preset == "lxmert" else {}
     dropped = {"max_patches": PATCHES - 1} if config.vision.max_patches else {}
     torch.manual_seed(0)
-    return VLPModel(replace(config, **_narrow(config, dropped | vision))).double()
+    model = VLPModel(replace(config, **_narrow(config, dropped | vision))).double()
+    if model.tokenizer is not None:
+        model.tokenizer.codebook.steps += 1
+    return model
 
 
 def _narrow(config: ModelConfig, vision: dict) -> dict:
@@ -68,7 +76,7 @@ def _narrow(config: ModelConfig, vision: dict) -> dict:
     return parts
 
 
-def batch_of(number: int, rank: int, world: int) -> Batch:
+def batch_of(number: int, rank: int, world: int, *, unlike: bool = False) -> Batch:
     """Every `world`-th pair of a batch, with all that any of the objectives reads."""
     generator = torch.Generator().manual_seed(number)
     integers = lambda high, *shape: torch.randint(0, high, shape, generator=generator)
@@ -83,6 +91,8 @@ def batch_of(number: int, rank: int, world: int) -> Batch:
     own = torch.arange(rank, ROWS, world)
     tokens, _ = whole.text.token_ids_of(own)
     text = whole.text.select(own)
+    # Of ViLT alone: images of unlike sizes, in two steps of three.
+    shapes = torch.tensor([[16, 16], [8, 16], [16, 16], [16, 8], [8, 8], [16, 16]])
     return Batch(
         images=whole.images[own],
         text=text,
@@ -99,6 +109,7 @@ def batch_of(number: int, rank: int, world: int) -> Batch:
         answer_ids=torch.tensor([2, -100, 0, 1, -100, 2])[own],
         class_ids=classes[own],
         class_names=NAMES,
+        sizes=shapes[own] if unlike and number else None,
     )
 
 
@@ -119,8 +130,9 @@ def train(rank: int, world: int, preset: str) -> tuple[dict[str, Tensor], dict[s
     module = World(rank, world, torch.device("cpu")).wrap(step)
     sums: dict[str, Tensor] = {}
     for number in range(8 if config.mix else 3):
+        batch = batch_of(number, rank, world, unlike=preset == "vilt")
         with patch.object(matching, "mixed_images", partners):
-            losses = module(batch_of(number, rank, world), seed=number, step=number).losses
+            losses = module(batch, seed=number, step=number).losses
         total = 0.0
         for name, (loss, count) in losses.items():
             count = count.double()
@@ -151,13 +163,20 @@ def ranks() -> list[dict[str, tuple]]:
     return run_distributed(train_all, WORLD, WORLD)
 
 
+# Losses on regions are sums in fp32, also of an fp64 model.
+RTOL = {"lxmert": 1e-6}
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("preset", CASES)
 def test_training_equals_one_process(preset, ranks):
     expected, expected_sums = train(0, 1, preset)
     assert expected_sums.keys() == CASES[preset].weights.keys()
+    rtol = RTOL.get(preset, 1e-8)
     for rank in ranks:
         weights, sums = rank[preset]
-        torch.testing.assert_close(sums, expected_sums, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(sums, expected_sums, rtol=rtol, atol=1e-10)
         for name, value in weights.items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9, msg=name)
+            torch.testing.assert_close(
+                value, expected[name], rtol=10 * rtol, atol=rtol / 10, msg=name
+            )

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vlpfast.layers import codebook as module
-from vlpfast.layers.codebook import Codebook, sums_by_code
+from vlpfast.layers.codebook import Codebook, KMeans, sums_by_code
 
 
 def make(size: int = 6, dim: int = 3, *, decay: float = 0.8, revive_below: float = 0.0) -> Codebook:
@@ -131,3 +131,53 @@ def test_full_precision_under_autocast():
     z = book.vectors.clone()
     with torch.autocast("cpu", torch.bfloat16):
         assert book.codes(z).equal(torch.arange(200))
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+def test_centres_by_loops(decay, monkeypatch):
+    """Each input draws its centre by 1 / (inputs it has had): Sculley's steps, one by one."""
+    monkeypatch.setattr(module, "_MOST_SIMILARITIES", 20)
+    torch.manual_seed(0)
+    book = KMeans(4, 3, decay=decay, revive_below=0.0).double()
+    book.steps += 1
+    centres, had = book.vectors.clone(), [0.0] * 4
+    for number in range(4):
+        z = 2 * torch.randn(9, 3).double() + number
+        out = book(z)
+        distance = torch.cdist(z, centres).square()
+        assert out.codes.tolist() == distance.argmin(1).tolist()
+        assert out.vectors.equal(book.vectors[out.codes])
+        torch.testing.assert_close(out.commitment, distance.min(1).values.sum())
+        had = [decay * n for n in had]
+        for row, code in zip(z, out.codes.tolist(), strict=True):
+            had[code] += 1
+            centres[code] += (row - centres[code]) / had[code]
+        book.update(number, None)
+        torch.testing.assert_close(book.vectors, centres)
+        torch.testing.assert_close(book.counts, torch.tensor(had).double())
+
+
+def test_centres_find_clusters():
+    """Of five clusters far apart each has some of twenty centres, which all lie in one."""
+    torch.manual_seed(0)
+    true = 20 * torch.randn(5, 6)
+    book = KMeans(20, 6, decay=1.0, revive_below=0.1)
+    for number in range(40):
+        labels = torch.randint(0, 5, (64,))
+        book(true[labels] + torch.randn(64, 6))
+        book.update(number, None)
+    distance = torch.cdist(true, book.vectors)
+    assert distance.min(1).values.max() < 2.5
+    assert distance.min(0).values.max() < 4.0
+    # Nearer than one centre a cluster could be: 6 is the variance of an input.
+    z = true[torch.arange(5).repeat(40)] + torch.randn(200, 6)
+    assert book.eval()(z).commitment / 200 < 6
+
+
+def test_centres_learn_in_training_alone():
+    book = KMeans(3, 2, decay=1.0, revive_below=0.0).eval()
+    before = book.vectors.clone()
+    out = book(torch.randn(5, 2, requires_grad=True))
+    book.update(0, None)
+    assert book.vectors.equal(before)
+    assert not out.commitment.requires_grad

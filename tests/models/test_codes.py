@@ -188,7 +188,9 @@ def test_errors_name_what_is_missing():
         model.encode_text(text)
     with pytest.raises(ValueError, match="'clip' has no code head; presets that have: 'beit2'"):
         clip.encode_image(some_images(), hidden=some_hidden())
-    with pytest.raises(ValueError, match="'beit2' has no codebook; presets that have: 'vqkd'"):
+    with pytest.raises(
+        ValueError, match="'beit2' has no codebook; presets that have: 'kmeans', 'vqkd'"
+    ):
         model.image_codes(some_images())
     with pytest.raises(ValueError, match=r"without a place there: vision\.head_blocks"):
         export_weights(model, "transformers")

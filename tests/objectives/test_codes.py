@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests._batches import make_batch
 from vlpfast.data.batch import Batch
-from vlpfast.data.masking import mask_patches
+from vlpfast.data.masking import mask_patches, mask_patches_evenly
 from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
 from vlpfast.objectives.guide import Guide
@@ -124,8 +124,9 @@ def test_mvm_reads_pairs():
     torch.testing.assert_close(alone, out.losses["mvm"], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("preset", ["clip", "vilt"])
-def test_mpp_by_loops(preset):
+def test_mpp_by_loops(preset, even):
     """From the image alone, or where one stack reads both, with its text."""
     torch.manual_seed(0)
     config = preset_config(preset, "tiny", image_size=SIDE, vocab_size=50, color_head=True)
@@ -133,9 +134,12 @@ def test_mpp_by_loops(preset):
     model = VLPModel(replace(config, vision=vision))
     objectives = ObjectivesConfig(itc=0.0, mpp=1.0)
     batch = hidden_batch()
+    if even:
+        hidden = mask_patches_evenly(16, seed=0, positions=batch.positions)
+        batch = replace(batch, hidden_patches=hidden)
     total, count = PretrainStep(model, objectives).eval()(batch, seed=0, step=0).losses["mpp"]
-    assert int(count) == 25
-    mask = torch.zeros(5, 16, dtype=torch.bool).scatter(1, batch.hidden_patches, True)
+    assert int(count) == (int((hidden >= 0).sum()) if even else 25)
+    mask = (torch.arange(16) == batch.hidden_patches[..., None]).any(1)
     tokens = model.encode_image(batch.images, hidden=mask).tokens
     if preset == "vilt":
         text = model.encode_text(batch.text).tokens
@@ -143,7 +147,7 @@ def test_mpp_by_loops(preset):
         tokens = fused.image.values.unflatten(0, (5, 17))
     expected = 0.0
     for row in range(5):
-        for patch in batch.hidden_patches[row].tolist():
+        for patch in [p for p in batch.hidden_patches[row].tolist() if p >= 0]:
             y, x = 8 * (patch // 4), 8 * (patch % 4)
             color = batch.images[row, y : y + 8, x : x + 8].double().mean((0, 1)).floor().long()
             logits = model.color_head(tokens[row, 1 + patch]).view(3, 256)
@@ -277,3 +281,77 @@ def test_settings_that_do_not_fit_say_so():
         ValueError, match=r"objectives\.mim, mvm and mpp hide patches of whole images"
     ):
         PretrainStep(VLPModel(dropping), MIM)
+
+
+def cells() -> PretrainStep:
+    """K-means of a small CNN's cells, beside a contrast."""
+    torch.manual_seed(0)
+    config = preset_config("kmeans", "tiny", image_size=SIDE, vocab_size=50)
+    text = replace(config.text, dim=32, heads=2, depth=1)
+    book = replace(config.codebook, size=7, decay=1.0, revive_below=0.0)
+    return PretrainStep(VLPModel(replace(config, text=text, codebook=book)), KMEANS)
+
+
+KMEANS = ObjectivesConfig(itc=1.0, kmeans=1.0)
+
+
+def test_kmeans_measures_cells_and_moves_no_weight():
+    step, batch = cells().train(), make_batch(image_size=SIDE)
+    model, plain = step.model, PretrainStep(cells().model, ObjectivesConfig()).train()
+    out, other = (s(batch, seed=0, step=0) for s in (step, plain))
+    features = model.encode_image(batch.images).tokens
+    assert features.shape == (5, 16, 128)
+    distance = torch.cdist(features, model.tokenizer.codebook.vectors.expand(5, -1, -1)).square()
+    total, count = out.losses["kmeans"]
+    torch.testing.assert_close(total, distance.min(2).values.sum(), rtol=1e-4, atol=1e-3)
+    assert int(count) == 5 * 16
+    assert not total.requires_grad
+    for each in (out, other):
+        sum(total for total, _ in each.losses.values()).backward()
+    gradients = {name: p.grad for name, p in plain.model.named_parameters()}
+    for name, p in model.named_parameters():
+        assert p.grad.equal(gradients[name]), name
+    # After the step the centres are inputs of it; then each is the mean of what is nearest.
+    step.finish_step()
+    vectors = model.tokenizer.codebook.vectors
+    flat = features.detach().flatten(0, 1)
+    assert (vectors[:, None] - flat).norm(dim=2).min(1).values.max() < 1e-4
+    codes = model.image_codes(batch.images)
+    assert codes.equal((flat[:, None] - vectors).norm(dim=2).argmin(1).view(5, 16))
+    step(batch, seed=0, step=1)
+    step.finish_step()
+    for code in range(7):
+        chosen = features[codes == code]
+        torch.testing.assert_close(vectors[code], chosen.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_centres_guide_a_grid_of_as_many_cells():
+    model = VLPModel(preset_config("kmeans", "tiny", vocab_size=50))
+    guide = Guide(model, gives_codes=True)
+    fitted = guide.fit(preset_config("x-lxmert", "tiny"))
+    assert fitted.codes == model.config.codebook.size == 256
+    batch = make_batch(3, image_size=64)
+    codes = guide.fill(batch).codes
+    assert codes.shape == (3, 64)
+    assert codes.equal(model.image_codes(batch.images))
+    with torch.device("meta"):
+        base = VLPModel(preset_config("kmeans", "base"))
+    assert base.tokenizer.codebook.vectors.shape == (10_000, 2048)
+    grid = preset_config("x-lxmert", "base")
+    sizes = [(c.image_size, c.num_patches) for c in (base.config, grid)]
+    assert sizes[0] == sizes[1] == (256, 64)
+
+
+def test_kmeans_says_what_it_needs():
+    with pytest.raises(ValueError, match="kmeans has no gradient: train another objective"):
+        ObjectivesConfig(itc=0.0, kmeans=1.0)
+    with pytest.raises(ValueError, match="has no gradient"):
+        ObjectivesConfig(itc=1.0, kmeans=1.0, mix=(("itc", 1.0), ("kmeans", 1.0)))
+    with pytest.raises(ValueError, match="kmeans needs a codebook; preset 'clip' has no codebook"):
+        PretrainStep(VLPModel(preset_config("clip", "tiny")), KMEANS)
+    config = preset_config("kmeans", "tiny")
+    with pytest.raises(ValueError, match=r"kind 'kmeans' is of a CNN's cells: .*dim 128, .* 5$"):
+        replace(config, codebook=replace(config.codebook, dim=5))
+    wrong = VLPModel(replace(config, vision=replace(config.vision, patch_size=16)))
+    with pytest.raises(ValueError, match=r"feature map has 64 cells, .* say 16: set vision\.patch"):
+        wrong.image_codes(make_batch(2, image_size=64).images)

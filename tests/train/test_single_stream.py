@@ -3,6 +3,7 @@ and resumed.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -59,3 +60,20 @@ def test_streams_apart_have_probes_of_words_and_pairs(name, scenes, tmp_path):
     assert set(result.metrics) == {"itm_swap_accuracy"}
     with pytest.raises(ValueError, match="align needs a model that reads regions beside words"):
         evaluate(config.run_dir, "align", scenes, device="cpu", progress=False)
+
+
+@pytest.mark.slow
+def test_images_of_unlike_sizes_train_and_resume(scenes, tmp_path):
+    def run(folder):
+        config = small("vilt_scenes", scenes, tmp_path / folder, 6)
+        data = replace(config.data, crop_scale=(0.3, 1.0), max_aspect=2.0, size_multiple=8)
+        vision = replace(config.model.vision, max_patches=50)
+        return replace(config, data=data, model=replace(config.model, vision=vision))
+
+    whole, again = run("whole"), run("again")
+    result = train(whole)
+    assert set(result.losses) == {"itm", "mlm", "wra"}
+    probe = evaluate(whole.run_dir, "mlm", scenes, device="cpu", progress=False)
+    assert probe.counts["num_samples"] > 0
+    path = whole.run_dir / "checkpoints" / "step_4.pt"
+    assert_same_weights(result, train(again, resume=str(path)))

@@ -94,6 +94,21 @@ def shown_parts(boxes: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> n
     return corners / np.stack([widths, heights] * 2, 1)
 
 
+def aspect_sizes(
+    widths: np.ndarray, heights: np.ndarray, *, shorter: int, max_aspect: float, multiple: int
+) -> np.ndarray:
+    """(B, 2) int64 height and width that images are resized to: the shorter side `shorter`, both
+    less where the longer would be above `max_aspect` times that, then down to multiples.
+
+    Source: dandelin/ViLT vilt/transforms/utils.py `MinMaxResize`.
+    """
+    sides = np.stack([heights, widths], 1).astype(np.float64)
+    sides *= shorter / sides.min(1, keepdims=True)
+    sides *= np.minimum(1.0, int(max_aspect * shorter) / sides.max(1, keepdims=True))
+    rounded = np.floor(sides + 0.5).astype(np.int64) // multiple * multiple
+    return np.maximum(rounded, multiple)
+
+
 def hflip(images: Tensor, *, seed: int, positions: Tensor, probability: float) -> Tensor:
     """Mirrors each image (B, H, W, 3) with `probability`."""
     flipped = uniforms(seed, positions, FLIP, 1)[:, 0] < probability

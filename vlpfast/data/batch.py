@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from vlpfast.images import Images
 from vlpfast.ragged import Ragged
 from vlpfast.regions import Regions
 
@@ -20,6 +21,8 @@ class Batch:
 
     Attributes:
         images (B, H, W, 3): uint8, NHWC; normalising is `ops.patch_embed`'s work.
+        sizes (B, 2): int64 height and width of each image in the top left corner of its place, on
+            the host; None: they fill it.
         text: packed token ids (int64), each sequence with its start and end token.
         image_ids (B,): int64 identity of the image or concept; equal ids are positives of each
             other.
@@ -33,7 +36,7 @@ class Batch:
         regions: of the images, what a detector says of them, or None.
         masked_regions: `regions` with some hidden for masked region modelling, or None.
         hidden_patches (B, K): int64 ascending ids of the patches hidden for masked image modelling,
-            or None.
+            -1 after the last where images hide unlike many; or None.
         codes (B, P): int64, what a frozen tokenizer makes of each patch of the clean images, or
             None.
         features (B, P, E): what a frozen teacher makes of them, or None.
@@ -66,27 +69,30 @@ class Batch:
     class_ids: Tensor | None = None
     class_names: Ragged | None = None
     answer_ids: Tensor | None = None
+    sizes: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
 
-    def visual(self, front: str) -> Tensor | Regions:
-        """What a front end of kind `front` reads: regions for "regions", else pixels.
+    def visual(self, front: str) -> Tensor | Images | Regions:
+        """What a front end of kind `front` reads: regions for "regions", else pixels, with the
+        images' sizes where these differ.
 
         Raises:
             ValueError: it reads regions and the batch has none.
         """
         if front != "regions":
-            return self.images
+            return self.images if self.sizes is None else Images(self.images, self.sizes)
         if self.regions is None:
             raise ValueError("the model reads regions and the batch has none: set data.regions")
         return self.regions
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch with all tensors on `device`."""
+        """The same batch with all tensors but `sizes` on `device`."""
         moved = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), (Tensor, Ragged, Regions))
+            and f.name != "sizes"
         }
         return replace(self, **moved)

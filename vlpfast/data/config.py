@@ -47,6 +47,10 @@ class DataConfig:
             crop.
         crop_ratio: width / height of a training crop before it is resized to a square.
         eval_crop: "center" square or "squash" of the whole image.
+        max_aspect: longest side over shortest of images that keep their aspect ratio: the model's
+            `image_size` is then the shorter side, and sides are rounded down to `size_multiple`,
+            the model's patches (ViLT: 1333 / 800); 1: squares. Torch loader, no augmentation but
+            crops.
         zoom_out: largest factor by which a training crop is shrunk and placed on white; 1 is off.
             For drawings on white, which fill more of the image in one source than in another.
         hflip: probability of a horizontal flip.
@@ -80,6 +84,8 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     eval_crop: Literal["center", "squash"] = "center"
+    max_aspect: float = 1.0
+    size_multiple: int = 32
     zoom_out: float = 1.0
     hflip: float = 0.0
     color_jitter: float = 0.0
@@ -96,8 +102,15 @@ class DataConfig:
             raise ValueError(f"crop_scale must be 0 < low <= high <= 1, got {self.crop_scale}")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop_ratio must be 0 < low <= high, got {self.crop_ratio}")
-        if not self.zoom_out >= 1:
-            raise ValueError(f"zoom_out must be >= 1, got {self.zoom_out}")
+        for name in ("zoom_out", "max_aspect", "size_multiple"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        changes = self.hflip or self.color_jitter or self.grayscale or self.zoom_out > 1
+        if self.max_aspect > 1 and (changes or self.loader == "dali"):
+            raise ValueError(
+                "max_aspect > 1 is of images of unlike sizes: hflip, color_jitter, grayscale must "
+                "be 0, zoom_out 1 and loader not 'dali'"
+            )
         for name in ("hflip", "grayscale", "color_jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")

@@ -73,8 +73,11 @@ def inspect(data: bytes, *, full: bool = False) -> tuple[int, int, bool]:
     return width, height, plain
 
 
-def crop_resize(image: Image.Image, box: np.ndarray, size: int, filter: str) -> np.ndarray:
-    """Pixels of `box` (x, y, width, height) as (size, size, 3) uint8, by an antialiasing filter.
+def crop_resize(
+    image: Image.Image, box: np.ndarray, size: int | tuple[int, int], filter: str
+) -> np.ndarray:
+    """Pixels of `box` (x, y, width, height) as (rows, columns, 3) uint8, `size` of them (a square's
+    side, or both), by an antialiasing filter.
 
     The image is cropped first: resizing with a box would read pixels outside it. Columns are
     resized before rows.
@@ -83,8 +86,9 @@ def crop_resize(image: Image.Image, box: np.ndarray, size: int, filter: str) -> 
     if (x, y, width, height) != (0, 0, *image.size):
         image = image.crop((x, y, x + width, y + height))
     # In two calls: Pillow rounds between the directions, and newer versions choose which is first.
-    image = image.resize((size, image.height), FILTERS[filter])
-    return np.asarray(image.resize((size, size), FILTERS[filter]))
+    rows, columns = (size, size) if isinstance(size, int) else size
+    image = image.resize((columns, image.height), FILTERS[filter])
+    return np.asarray(image.resize((columns, rows), FILTERS[filter]))
 
 
 def _orientation(image: Image.Image) -> int:

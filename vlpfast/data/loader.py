@@ -62,6 +62,8 @@ def choose_loader(config: DataConfig) -> str:
         raise RuntimeError(
             "loader 'dali' needs the package nvidia-dali-cuda130, which is not installed"
         )
+    if config.loader == "auto" and config.max_aspect > 1:
+        return "torch"
     if config.loader == "auto":
         return "dali" if installed and torch.cuda.is_available() else "torch"
     return config.loader
@@ -87,7 +89,8 @@ def make_loader(
         index: from `open_index`.
         config: how images and captions are drawn.
         tokenizer: from `make_tokenizer`.
-        image_size: S; images come as (B, S, S, 3).
+        image_size: S; images come as (B, S, S, 3), or with `config.max_aspect` as large as the
+            largest of the batch, S their shorter side.
         batch_size: B, per rank.
         seed: of the run; with the place in the stream it decides order, crops, captions and masks.
         rank, world: this process and their number.

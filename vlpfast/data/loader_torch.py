@@ -145,6 +145,7 @@ class TorchLoader:
         text, more = self._texts(draws)
         return Batch(
             images=images.pin_memory() if self._pin and not images.is_cuda else images,
+            sizes=torch.from_numpy(self._sizes(draws.boxes)) if self._unlike else None,
             text=text,
             image_ids=torch.from_numpy(np.array(self.index.at("image_ids", draws.samples))),
             sample_ids=torch.from_numpy(draws.samples),
@@ -182,7 +183,8 @@ class TorchLoader:
                 ratio=config.crop_ratio,
             )
         else:
-            boxes = augment.eval_boxes(widths, heights, config.eval_crop)
+            whole = "squash" if self._unlike else config.eval_crop
+            boxes = augment.eval_boxes(widths, heights, whole)
         first, count = (torch.from_numpy(a) for a in self.index.caption_ranges(samples))
         if self.train:
             first = first + self._caption_places(torch.from_numpy(positions), count)
@@ -261,9 +263,33 @@ class TorchLoader:
     def _images(self, draws: Draws) -> tuple[Tensor, Draws]:
         """uint8 crops (B, S, S, 3), and the draws with corrupt samples replaced or left out."""
         images = self._empty(len(draws.samples))
-        return self._fill(images, draws, np.arange(len(draws.samples)))
+        images, draws = self._fill(images, draws, np.arange(len(draws.samples)))
+        if self._unlike and len(images):
+            rows, columns = self._sizes(draws.boxes).max(0).tolist()
+            images = images[:, :rows, :columns].contiguous()
+        return images, draws
+
+    @property
+    def _unlike(self) -> bool:
+        """Whether images keep their aspect ratio."""
+        return self.config.max_aspect > 1
+
+    def _sizes(self, boxes: np.ndarray) -> np.ndarray:
+        """(B, 2) int64 height and width that crops (B, 4) are resized to."""
+        if not self._unlike:
+            return np.full((len(boxes), 2), self.image_size)
+        return augment.aspect_sizes(
+            boxes[:, 2],
+            boxes[:, 3],
+            shorter=self.image_size,
+            max_aspect=self.config.max_aspect,
+            multiple=self.config.size_multiple,
+        )
 
     def _empty(self, num_images: int) -> Tensor:
+        if self._unlike:
+            side = int(self.image_size * self.config.max_aspect)
+            return torch.zeros(num_images, side, side, 3, dtype=torch.uint8)
         return torch.empty(num_images, self.image_size, self.image_size, 3, dtype=torch.uint8)
 
     def _fill(self, images: Tensor, draws: Draws, rows: np.ndarray) -> tuple[Tensor, Draws]:
@@ -276,7 +302,7 @@ class TorchLoader:
                 crop = self._redraw(draws, row)
             kept[row] = crop is not None
             if crop is not None:
-                pixels[row] = crop
+                pixels[row, : crop.shape[0], : crop.shape[1]] = crop
         if kept.all():
             return images, draws
         return images[torch.from_numpy(kept)], draws.select(kept)
@@ -304,7 +330,8 @@ class TorchLoader:
         """Crop of one sample; None, and an entry in `corrupt`, if it does not decode."""
         try:
             image = self._cache.get(sample) or self._open(sample)
-            return crop_resize(image, box, self.image_size, self.config.interpolation)
+            size = self._sizes(box[None])[0]
+            return crop_resize(image, box, tuple(size.tolist()), self.config.interpolation)
         except _DECODE_ERRORS as error:
             self.corrupt[self.index.name(sample)] = str(error)
             self._undecodable.add(sample)

@@ -17,8 +17,8 @@ from vlpfast.regions import Regions
 
 IGNORE_INDEX = -100
 # Upper bits of the counter, so that the numbers of a token are distinct draws of its row's stream.
-_SELECT, _REPLACE, _RANDOM_ID, _REGION, _RECTANGLE, _PATCH = (
-    purpose << 24 for purpose in (0x10, 0x11, 0x12, 0x13, 0x14, 0x15)
+_SELECT, _REPLACE, _RANDOM_ID, _REGION, _RECTANGLE, _PATCH, _COUNT = (
+    purpose << 24 for purpose in (0x10, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16)
 )
 # Of patches: rectangles drawn for each image, far more than are needed; the least share of an image
 # that one covers (16 of 196 patches), and its flattest shape, height over width.
@@ -151,6 +151,28 @@ def mask_patches(
     order = order + torch.where(covered, place, draw(keys[:, None], place + _PATCH))
     chosen = order.argsort(dim=1, stable=True)[:, :num_hidden]
     return chosen.sort(1).values
+
+
+def mask_patches_evenly(num_patches: int, *, seed: int, positions: Tensor | np.ndarray) -> Tensor:
+    """Which patches of images are hidden: of each image a number that is uniform from 1 to all, of
+    patches that are any.
+
+    Args:
+        num_patches: P.
+        seed: of the run.
+        positions (B,): int64 place of each image in the training stream.
+
+    Returns: (B, P) int64, ascending ids of the hidden ones, then -1.
+
+    Source: Cho et al. 2020 (X-LXMERT), section 4.2, arXiv:2009.11278; allenai/x-lxmert, option
+    `vis_mask_predict`.
+    """
+    keys = stream(seed, torch.as_tensor(positions))[:, None]
+    place = torch.arange(num_patches, device=keys.device)
+    count = 1 + ((draw(keys, torch.full_like(keys, _COUNT)) * num_patches) >> 32)
+    order = draw(keys, place + _PATCH).argsort(dim=1, stable=True)
+    ids = torch.where(place < count, order, num_patches).sort(1).values
+    return torch.where(ids < num_patches, ids, -1)
 
 
 def _choose(

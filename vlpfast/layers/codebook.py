@@ -1,4 +1,6 @@
-"""A codebook of unit vectors: patches to codes and back, learned by moving averages."""
+"""Codebooks: patches to codes and back, by unit vectors learned by moving averages, or by k-means
+centres.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +90,7 @@ class Codebook(nn.Module):
         if group is not None:
             dist.all_reduce(total, group=group)
         sums, counts = total[:, :-1], total[:, -1]
-        moved = torch.lerp(F.normalize(sums, dim=-1), self.vectors, self.decay)
-        moved = torch.where(counts[:, None] > 0, F.normalize(moved, dim=-1), self.vectors)
+        moved = torch.where(counts[:, None] > 0, self._moved(sums, counts), self.vectors)
         self.in_use.copy_((counts > 0).float().mean())
         self.shares.lerp_(counts / counts.sum(), 1 - self.decay)
         size = len(self.vectors)
@@ -97,7 +98,16 @@ class Codebook(nn.Module):
         self.vectors.copy_(torch.where(revived[:, None], self._inputs(z, seed, group), moved))
         # As if it had been used as often as the others: it has time to find inputs.
         self.shares.masked_fill_(revived, 1 / size)
+        self._forget(revived)
         self.steps += 1
+
+    def _moved(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """Where the vectors (K, d) go that had inputs, of these sums (K, d) and numbers (K,)."""
+        moved = torch.lerp(F.normalize(sums, dim=-1), self.vectors, self.decay)
+        return F.normalize(moved, dim=-1)
+
+    def _forget(self, revived: Tensor) -> None:
+        """After codes `revived` (K,) bool have become inputs."""
 
     def _inputs(self, z: Tensor, seed: int, group: dist.ProcessGroup | None) -> Tensor:
         """(K, d) random inputs of the step; K / W of each of W ranks."""
@@ -110,6 +120,53 @@ class Codebook(nn.Module):
             dist.all_gather(parts, chosen, group=group)
             chosen = torch.stack(parts, 1).flatten(0, 1)
         return chosen[:size]
+
+
+class KMeans(Codebook):
+    """Mini-batch k-means: K centres of width d, each the mean of the inputs nearest to it.
+
+        code(z) = argmin_k |z - e_k|^2;   n_k <- decay n_k + m_k;
+        e_k <- ((n_k - m_k) e_k + sum of its z) / n_k        of m_k inputs in the step
+
+    With `decay` 1 a centre is the mean of all it has ever had: for features that stay. Centres
+    begin as inputs, and those out of use become inputs again, as in `Codebook`.
+
+    Source: Sculley 2010, "Web-scale k-means clustering", algorithm 1, whose rate for each input is
+    1 / n_k: a step of several is this mean.
+    """
+
+    def __init__(self, size: int, dim: int, *, decay: float, revive_below: float) -> None:
+        super().__init__(size, dim, decay=decay, revive_below=revive_below)
+        # fp64: beyond 2**24 inputs a few more would not count in fp32.
+        self.register_buffer("counts", torch.zeros(size, dtype=torch.float64))
+
+    def codes(self, z: Tensor) -> Tensor:
+        """Nearest codes (n,) of z (n, d); of equally near ones the first."""
+        rows = max(1, _MOST_SIMILARITIES // len(self.vectors))
+        z, half = z.to(self.vectors.dtype), self.vectors.square().sum(1) / 2
+        with torch.autocast(z.device.type, enabled=False):
+            return torch.cat([(part @ self.vectors.T - half).argmax(1) for part in z.split(rows)])
+
+    @torch.no_grad()
+    def forward(self, z: Tensor) -> Quantized:
+        """Codes of z (n, d), their centres, and as `commitment` the sum of squared distances; in
+        training remembers z for `update`.
+        """
+        z = z.to(self.vectors.dtype)
+        codes = self.codes(z)
+        if self.training:
+            self._pending.append((z, codes))
+        centres = self.vectors[codes]
+        return Quantized(codes, centres, (z - centres).square().sum())
+
+    def _moved(self, sums: Tensor, counts: Tensor) -> Tensor:
+        kept = self.counts * self.decay
+        self.counts.copy_(kept + counts)
+        total = self.counts.clamp(min=1e-12)[:, None]
+        return ((kept[:, None] * self.vectors + sums) / total).to(self.vectors.dtype)
+
+    def _forget(self, revived: Tensor) -> None:
+        self.counts.masked_fill_(revived, 0)
 
 
 def sums_by_code(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlpfast.images import Images
 from vlpfast.layers.block import ResidualNorm
 from vlpfast.ops.patch_embed import patch_embed
 from vlpfast.ragged import Ragged
@@ -23,6 +27,27 @@ def sincos_positions(dim: int, side: int) -> Tensor:
     waves = torch.cat([place.sin(), place.cos()], dim=1)
     y, x = waves.repeat_interleave(side, 0), waves.repeat(side, 1)
     return torch.cat([x, y], dim=1).float()
+
+
+def bilinear_positions(table: Tensor, place: Tensor, grid: Tensor) -> Tensor:
+    """Of a table of positions (G * G, D) what it says of places in other grids, (T, D): bilinearly,
+    corner to corner (`F.interpolate` with `align_corners=True`).
+
+    Args:
+        table: of a square, row by row.
+        place (T, 2): int64 row and column.
+        grid (T, 2): int64 rows and columns of the grid of each.
+    """
+    side = math.isqrt(table.shape[0])
+    exact = place * (side - 1) / (grid - 1).clamp(min=1)
+    low = exact.floor().clamp(max=side - 1)
+    share = (exact - low).to(table.dtype)[..., None]  # (T, 2, 1)
+    (y, x), (below, right) = low.long().unbind(1), (low.long() + 1).clamp(max=side - 1).unbind(1)
+    rows = [
+        torch.lerp(table[row * side + x], table[row * side + right], share[:, 1])
+        for row in (y, below)
+    ]
+    return torch.lerp(*rows, share[:, 0])
 
 
 class PatchEmbedding(nn.Module):
@@ -59,12 +84,23 @@ class PatchEmbedding(nn.Module):
             )
 
     def forward(
-        self, images: Tensor, keep_ids: Tensor | None = None, hidden: Tensor | None = None
-    ) -> Tensor:
+        self,
+        images: Tensor | Images,
+        keep_ids: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor | Ragged:
         """images (B, H, W, 3) uint8, keep_ids (B, K) int64 or None -> (B, 1 + K, dim), or
         (B, K, dim) without a class token. Where `hidden` (B, P) bool is True, the mask token stands
         for the patch, at its position.
+
+        Images of unlike sizes -> packed tokens of their own patches, whose positions are
+        interpolated. Their `keep_ids` are numbers in an image's own raster, ascending; where it has
+        fewer than K, all it has come first.
         """
+        if isinstance(images, Images):
+            if hidden is not None:
+                raise ValueError("patches are hidden of images of one size: set data.max_aspect 1")
+            return self._packed(images, keep_ids)
         places, first = self.position, 0
         if self.class_token is not None:
             first = 0 if places is None else places[0]
@@ -86,6 +122,44 @@ class PatchEmbedding(nn.Module):
             return patches
         class_token = (self.class_token + first).to(patches.dtype)
         return torch.cat([class_token.expand(patches.shape[0], 1, -1), patches], dim=1)
+
+    def _packed(self, images: Images, keep_ids: Tensor | None) -> Ragged:
+        """As `forward`, of images of unlike sizes. All sizes are known on the host."""
+        if self.class_token is None or not isinstance(self.position, nn.Parameter):
+            raise ValueError(
+                "images of unlike sizes need a class token and learned positions: "
+                "vision.class_token, vision.position 'learned'"
+            )
+        side, device, size = self.patch_size, images.pixels.device, len(images)
+        grids = images.patches(side)
+        lens = grids.prod(1)
+        if keep_ids is not None:
+            lens = lens.clamp(max=keep_ids.shape[1])
+        total, longest = int(lens.sum()), int(lens.max()) if size else 0
+        starts = F.pad(lens.cumsum(0), (1, 0))
+        cu_seqlens = starts.to(device, torch.int32)
+        rows = torch.arange(size).repeat_interleave(lens)
+        ids = torch.arange(total) - starts[rows]
+        rows, ids, grid = (t.to(device, non_blocking=True) for t in (rows, ids, grids[rows]))
+        if keep_ids is not None:
+            # Those that an image does not have are its last.
+            ids = keep_ids[rows, ids]
+        place = torch.stack([ids // grid[:, 1], ids % grid[:, 1]], 1)
+        height, width = (extent // side for extent in images.pixels.shape[1:3])
+        canvas = images.pixels[:, : height * side, : width * side]
+        squares = canvas.unflatten(2, (width, side)).unflatten(1, (height, side))
+        squares = squares[rows, place[:, 0], :, place[:, 1]]  # (T, P, P, 3)
+        patches = patch_embed(
+            squares, self.weight, self.bias, patch_size=side, mean=self.mean, std=self.std
+        )[:, 0]
+        patches = patches + bilinear_positions(self.position[1:], place, grid)
+        first = (self.class_token + self.position[0]).to(patches.dtype).expand(size, -1)
+        one_each = torch.arange(size + 1, dtype=torch.int32, device=device)
+        both = Ragged.cat([Ragged(first, one_each, 1), Ragged(patches, cu_seqlens, longest)])
+        pieces = torch.arange(2 * size, device=device).unflatten(0, (2, size)).mT.flatten()
+        tokens, bounds = both.token_ids_of(pieces, total + size)
+        # Every other offset: a class token and its patches are one sequence.
+        return Ragged(both.values[tokens], bounds[::2].contiguous(), longest + 1)
 
 
 class TokenEmbedding(nn.Module):

@@ -215,7 +215,15 @@ def _check_text(model: ModelConfig) -> None:
 
 def _check_codes(model: ModelConfig) -> None:
     vision = model.vision
-    if (model.color_head or model.codebook.size) and vision.front != "patches":
+    book = model.codebook
+    if book.size and book.kind == "kmeans":
+        if vision.front != "cnn" or vision.pool != "mean" or book.dim != vision.dim:
+            raise ValueError(
+                "codebook.kind 'kmeans' is of a CNN's cells: vision.front must be 'cnn', "
+                f"vision.pool 'mean' and codebook.dim vision.dim {vision.dim}, got "
+                f"{vision.front!r}, {vision.pool!r} and {book.dim}"
+            )
+    elif (model.color_head or book.size) and vision.front != "patches":
         raise ValueError(
             "color_head and codebook are of patches: vision.front must be 'patches', "
             f"got {vision.front!r}"

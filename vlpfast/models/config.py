@@ -142,6 +142,8 @@ class ModelConfig:
             "a code head": self.codes > 0,
             "a color head": self.color_head,
             "a codebook": self.codebook.size > 0,
+            "a decoder of codes": self.codebook.size > 0 and self.codebook.kind == "vqkd",
+            "k-means centres": self.codebook.size > 0 and self.codebook.kind == "kmeans",
         }
         return tuple(part for part, present in has.items() if present)
 

@@ -15,7 +15,7 @@ from vlpfast.layers.region import REGION_HEADS
 from vlpfast.models.config import FusionConfig, ModelConfig
 from vlpfast.models.outputs import FusedOutput
 from vlpfast.models.presets import missing
-from vlpfast.models.tokenizer import VisualTokenizer
+from vlpfast.models.tokenizer import CellTokenizer, VisualTokenizer
 from vlpfast.ragged import Ragged
 
 
@@ -129,11 +129,7 @@ class Heads(nn.Module):
         self.code_head = nn.Linear(vision.dim, config.codes) if config.codes else None
         # 256 values of each of three channels.
         self.color_head = nn.Linear(vision.dim, 3 * 256) if config.color_head else None
-        self.tokenizer = (
-            VisualTokenizer(config.codebook, vision, config.num_patches)
-            if config.codebook.size
-            else None
-        )
+        self.tokenizer = _tokenizer(config)
         init = math.log(config.scale_init) if config.scale == "log" else 1 / config.scale_init
         scale = torch.tensor(init)
         if not config.embed_dim:
@@ -287,7 +283,9 @@ class Heads(nn.Module):
     def image_codes(self, images: Tensor) -> Tensor:
         """A tokenizer's codes (B, P) int64 of images (B, S, S, 3) uint8."""
         self._need(self.tokenizer, "a codebook")
-        return self.tokenizer.codes(self.patches(self.encode_image(images).tokens))
+        tokens = self.encode_image(images).tokens
+        cells = isinstance(self.tokenizer, CellTokenizer)
+        return self.tokenizer.codes(tokens if cells else self.patches(tokens))
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (n, V) of hidden states (n, D)."""
@@ -337,6 +335,14 @@ def _poolers(
         poolers = (nn.Linear(width, image_dim) for width in (config.dim, image_dim))
         return (*poolers, image_dim)
     return nn.Linear(config.dim, config.dim) if config.pooler else None, None, config.dim
+
+
+def _tokenizer(config: ModelConfig) -> VisualTokenizer | CellTokenizer | None:
+    if not config.codebook.size:
+        return None
+    if config.codebook.kind == "kmeans":
+        return CellTokenizer(config.codebook, config.num_patches)
+    return VisualTokenizer(config.codebook, config.vision, config.num_patches)
 
 
 def _projection(config: ModelConfig, width: int, wanted: bool) -> nn.Module | None:

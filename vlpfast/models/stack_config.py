@@ -250,9 +250,12 @@ class FusionConfig(StackConfig):
 
 @dataclass(frozen=True)
 class CodebookConfig:
-    """A visual tokenizer on the vision tower (VQ-KD).
+    """A visual tokenizer on the vision tower.
 
     Attributes:
+        kind: "vqkd" learns codes that a decoder turns into a teacher's features (BEiT v2); "kmeans"
+            has centres of the features of a CNN's cells, of their width (X-LXMERT): `decay` is
+            then that of their counts, 1 for features that stay.
         size, dim: number of codes (0: there is none) and their width.
         decay: of the codes' moving averages, a step.
         revive_below: a code is moved when its use falls below this part of the mean use.
@@ -266,3 +269,4 @@ class CodebookConfig:
     revive_below: float = 0.01
     decoder_depth: int = 3
     target_dim: int = 512
+    kind: Literal["vqkd", "kmeans"] = "vqkd"

@@ -1,5 +1,5 @@
-"""The visual tokenizer (VQ-KD): a vision tower's patches to discrete codes, and codes to the
-features of a teacher.
+"""Visual tokenizers: a vision tower's patches to discrete codes, and codes to the features of a
+teacher (VQ-KD); or a CNN's cells to k-means centres.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlpfast.layers.codebook import Codebook
+from vlpfast.layers.codebook import Codebook, KMeans
 from vlpfast.models.config import CodebookConfig, VisionConfig
 from vlpfast.models.stack import init_tower
 from vlpfast.models.towers import PatchDecoder
@@ -64,6 +64,42 @@ class VisualTokenizer(nn.Module):
         codes, vectors, commitment = self.codebook(narrow.flatten(0, 1))
         features = self.decode(self.decoder(vectors.view(narrow.shape), seed))
         return Tokenized(codes.view(narrow.shape[:2]), features, commitment)
+
+
+class CellTokenizer(nn.Module):
+    """Cells (B, P, D) of a CNN's last feature map -> the nearest of k-means centres.
+
+    Source: Cho et al. 2020 (X-LXMERT), section 4.1, arXiv:2009.11278; allenai/x-lxmert
+    feature_extraction/run_kmeans.py, which clusters a detector's features of all images at once.
+    """
+
+    def __init__(self, config: CodebookConfig, num_patches: int) -> None:
+        super().__init__()
+        self.num_patches = num_patches
+        self.codebook = KMeans(
+            config.size, config.dim, decay=config.decay, revive_below=config.revive_below
+        )
+
+    def init_weights(self) -> None:
+        """Nothing: centres begin as inputs."""
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """(B, P, D) -> (B, P) int64."""
+        return self.codebook.codes(self._cells(tokens)).view(tokens.shape[:2])
+
+    def fit(self, tokens: Tensor) -> Tensor:
+        """0-d sum of the squared distances of cells (B, P, D) from their centres, which in training
+        the codebook's `update` moves.
+        """
+        return self.codebook(self._cells(tokens).detach()).commitment
+
+    def _cells(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] != self.num_patches:
+            raise ValueError(
+                f"the CNN's feature map has {tokens.shape[1]} cells, image_size and "
+                f"vision.patch_size say {self.num_patches}: set vision.patch_size to its stride"
+            )
+        return tokens.flatten(0, 1)
 
 
 def _two_layers(dim: int, out: int) -> nn.Sequential:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlpfast.images import Images
 from vlpfast.layers.keys import KeyCache
 from vlpfast.models.co import CoTower
 from vlpfast.models.config import ModelConfig, TextConfig
@@ -76,13 +77,19 @@ class VLPModel(Heads):
         return self.config.embed_dim > 0
 
     @property
+    def _packs_images(self) -> bool:
+        config = self.config
+        plain = config.fusion.kind == "concat" and not config.fusion.relative_bias
+        return plain and config.fusion.depth > 0 and not self.has_joint_space
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters lie."""
         return next(self.parameters()).device
 
     def encode_image(
         self,
-        images: Tensor | Regions,
+        images: Tensor | Images | Regions,
         keep_ids: Tensor | None = None,
         *,
         seed: int = 0,
@@ -93,8 +100,9 @@ class VLPModel(Heads):
         images alone is the tower, and the tokens are what enters it.
 
         Args:
-            images (B, S, S, 3): uint8, S = config.image_size; or what a detector saw in B images,
-                where `config.vision.front` is "regions".
+            images (B, S, S, 3): uint8, S = config.image_size; or images of unlike sizes, where
+                fusion has text and patches in one sequence (ViLT); or what a detector saw in B
+                images, where `config.vision.front` is "regions".
             keep_ids (B, K): int64 ascending ids of the patches to embed; None keeps all.
             seed: keys dropout in training.
             hidden (B, P): bool, the patches for which the mask token stands; of all patches, so
@@ -107,7 +115,13 @@ class VLPModel(Heads):
                 f"preset {self.config.preset!r} reads {'regions' if wants_regions else 'pixels'}, "
                 f"got {type(images).__name__}"
             )
-        if not wants_regions and images.shape[1:] != (side, side, 3):
+        if isinstance(images, Images):
+            if self.config.vision.front != "patches" or not self._packs_images:
+                raise ValueError(
+                    f"preset {self.config.preset!r} reads images of one size; of unlike sizes read "
+                    "patches that share a sequence with the text, without a joint space: 'vilt'"
+                )
+        elif not wants_regions and images.shape[1:] != (side, side, 3):
             raise ValueError(f"images must be (B, {side}, {side}, 3), got {tuple(images.shape)}")
         class_head = None
         if hidden is None:

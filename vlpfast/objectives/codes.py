@@ -24,12 +24,12 @@ def mim(passes: Passes) -> Loss:
 
 
 def _code_loss(passes: Passes, rows: Rows | None) -> Loss:
-    hidden = _hidden_patches(passes, rows)
-    target = passes.batch.codes.gather(1, passes.batch.hidden_patches).flatten()
+    hidden, ids = _hidden_patches(passes, rows), passes.batch.hidden_patches
+    target = passes.batch.codes.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -100).flatten()
     # One product with the codes' weights for both heads.
     inputs = passes.model.code_head_inputs(torch.stack(hidden).flatten(0, 2))
     loss = linear_cross_entropy(*inputs[:2], target.repeat(len(hidden)), inputs[2], reduction="sum")
-    return loss, torch.tensor(target.shape[0], device=loss.device)
+    return loss, (ids >= 0).sum()
 
 
 def mvm(passes: Passes) -> Loss:
@@ -53,18 +53,18 @@ def mpp(passes: Passes) -> Loss:
     rows = Rows.MASKED_IMAGE if passes.model.config.one_stack else None
     pixels = passes.batch.images.unfold(1, side, side).unfold(2, side, side)
     colors = pixels.float().mean((-2, -1)).flatten(1, 2)  # (B, P, 3)
-    target = colors.take_along_dim(ids, 1).long()
+    target = colors.take_along_dim(ids.clamp(min=0), 1).long().masked_fill(ids < 0, -100)
     logits = passes.model.color_logits(_hidden_patches(passes, rows)[0])
     loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="sum") / 3
-    return loss, torch.tensor(ids.numel(), device=loss.device)
+    return loss, (ids >= 0).sum()
 
 
 def _hidden_patches(passes: Passes, rows: Rows | None) -> list[Tensor]:
-    """States (B, K, D) of the hidden patches: fused ones of `rows`, or without, each head's of the
-    vision tower.
+    """States (B, K, D) of the hidden patches, any where there is none: fused ones of `rows`, or
+    without, each head's of the vision tower.
     """
     batch, plan, image = passes.batch, passes.plan, passes.student.image
-    size, ids = len(batch), batch.hidden_patches[..., None]
+    size, ids = len(batch), batch.hidden_patches.clamp(min=0)[..., None]
     if rows is None:
         tokens = [image.tokens] if image.class_head is None else [image.tokens, image.class_head]
         tokens = [t[size if plan.clean_image else 0 :] for t in tokens]
@@ -74,6 +74,17 @@ def _hidden_patches(passes: Passes, rows: Rows | None) -> list[Tensor]:
     starts = torch.arange(size, device=ids.device)[:, None] * length
     first = fused.cu_seqlens[plan.first_sequence(rows, size)]
     return [fused.values[first + starts + ids[..., 0] + config.vision.num_first]]
+
+
+def kmeans(passes: Passes) -> Loss:
+    """Squared distance of each cell's feature from its nearest centre, without a gradient: it shows
+    how well the centres fit, which `layers.codebook.KMeans` moves after the step.
+    """
+    tokenizer, tokens = passes.model.tokenizer, passes.student.image.tokens
+    distance = tokenizer.fit(tokens[: len(passes.batch)])
+    passes.metrics["codes_in_use"] = tokenizer.codebook.in_use.clone()
+    count = len(passes.batch) * passes.model.config.num_patches
+    return distance, torch.tensor(count, device=distance.device)
 
 
 def vqkd(passes: Passes) -> Loss:

@@ -25,6 +25,7 @@ OBJECTIVES = (
     "mvm",
     "mpp",
     "vqkd",
+    "kmeans",
     "classify",
 )
 # What `masking` "together" serves.
@@ -67,14 +68,18 @@ class ObjectivesConfig:
             "together" has one row of each pair, with masked words, hidden regions and the image
             that matching shows: one pass for all objectives (LXMERT, ViLBERT).
         mim: masked image modelling: a frozen tokenizer's codes of hidden patches (BEiT);
-            `mim_probability` is the share of patches hidden.
+            `mim_probability` is the share of patches hidden, with `mim_mask` "blocks" in
+            rectangles; "even" hides as many as a number that is uniform from 1 to all says, any
+            patches (X-LXMERT).
         mvm: masked vision modelling: the same where the image's text can be seen (BEiT-3).
         mpp: masked patch prediction: the mean colour of hidden patches, each channel one of 256
             values, from the image with its text where one stack reads both (ViLT), else alone.
         vqkd: a tokenizer's own training: a frozen teacher's features of each patch from its code;
             `commitment` weighs the distance of vectors from their codes.
-        guide: run folder of the frozen model that gives these targets: of mim a tokenizer's (preset
-            "vqkd"), of vqkd one's with as many patches.
+        kmeans: k-means centres of the features of a CNN's cells, beside another objective, from
+            which alone the CNN learns.
+        guide: run folder of the frozen model that gives these targets: of mim and mvm a tokenizer's
+            (preset "vqkd" or "kmeans"), of vqkd one's with as many patches.
         classify: which of the data's class names an image's class is, by similarity to the names
             (Uni-Perceiver).
         mix: ((objective, ratio), ...) of all that are enabled: each step trains one, drawn by the
@@ -110,6 +115,8 @@ class ObjectivesConfig:
     mvm: float = 0.0
     mpp: float = 0.0
     vqkd: float = 0.0
+    kmeans: float = 0.0
+    mim_mask: Literal["blocks", "even"] = "blocks"
     mim_probability: float = 75 / 196
     commitment: float = 1.0
     guide: str = ""
@@ -149,9 +156,15 @@ class ObjectivesConfig:
         for name in ("mrm_probability", "mim_probability"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"objectives.{name} must be in (0, 1], got {getattr(self, name)}")
-        if self.hides_patches and self.vqkd:
+        if self.kmeans and (self.mix or self.weights.keys() == {"kmeans"}):
             raise ValueError(
-                "objectives.mim learns a trained tokenizer's codes and objectives.vqkd trains one: "
+                "objectives.kmeans has no gradient: train another objective beside it in every "
+                "step, and freeze the CNN (train.freeze) where its features are to stay"
+            )
+        if self.hides_patches and (self.vqkd or self.kmeans):
+            raise ValueError(
+                "objectives.mim learns a trained tokenizer's codes and objectives.vqkd (kmeans) "
+                "trains one: "
                 "one after the other"
             )
         others = sorted(self.weights.keys() - TOGETHER)

@@ -33,11 +33,11 @@ class Guide:
         if gives_codes and model.tokenizer is None:
             served = "data.tasks 'image'" if draws else "mim"
             raise ValueError(
-                f"objectives.guide of {served} is a tokenizer's run (vqkd_tiny, ...), "
+                f"objectives.guide of {served} is a tokenizer's run (vqkd_tiny, kmeans_tiny, ...), "
                 f"got one of preset {model.config.preset!r}"
             )
         vision = model.config.vision
-        if vision.front not in ("patches", "grid") or not vision.depth:
+        if not gives_codes and (vision.front not in ("patches", "grid") or not vision.depth):
             raise ValueError(
                 "objectives.guide of vqkd is a run with a vision transformer over patches, "
                 f"got one of preset {model.config.preset!r}"

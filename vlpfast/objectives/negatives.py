@@ -49,7 +49,7 @@ def over_ranks(passes: Passes, seed: int) -> tuple[Passes, Tensor, Tensor]:
     of them: encoded texts and image tokens, with their gradients.
 
     A rank receives B texts and B images, whatever the number of ranks; embeddings and a few
-    numbers of all G pairs are gathered.
+    numbers of all G pairs are gathered. The host waits once, for who wants what.
 
     Args:
         passes: with the towers' outputs; every rank has as many pairs.

@@ -124,7 +124,9 @@ def _images(model: VLPModel, batch: Batch, plan: Plan) -> tuple[Tensor | Regions
         return masked if plan.together else Regions.cat([images, masked]), None
     ids = batch.hidden_patches
     shape = (len(batch), model.config.num_patches)
-    hidden = torch.zeros(shape, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
+    # What stands for none (-1) is hidden in a column that is cut off.
+    hidden = torch.zeros(shape[0], shape[1] + 1, dtype=torch.bool, device=ids.device)
+    hidden = hidden.scatter(1, torch.where(ids < 0, shape[1], ids), True)[:, :-1]
     if not plan.clean_image:
         return images, hidden
     return torch.cat([images, images]), torch.cat([torch.zeros_like(hidden), hidden])

@@ -27,6 +27,9 @@ from vlpfast.objectives.wiring import check_wiring
 from vlpfast.ops.keep_ids import keep_ids
 from vlpfast.ops.seed import fold_seed
 
+# Of images of unlike sizes, patches over those of a square: what an image keeps is drawn of as many
+# numbers, whatever the batch.
+_MOST_ASPECT = 4
 # What reads the fused rows, and then images alone, in the order of the log.
 _AFTER_FUSION = {
     "wra": regions.wra,
@@ -41,6 +44,7 @@ _AFTER_FUSION = {
     "mvm": codes.mvm,
     "mpp": codes.mpp,
     "vqkd": codes.vqkd,
+    "kmeans": codes.kmeans,
 }
 
 
@@ -214,10 +218,30 @@ class PretrainStep(nn.Module):
         if not self.training or vision.front == "regions":
             return None
         num_keep = vision.num_kept(num_patches)
+        if batch.sizes is not None and vision.max_patches:
+            return self._kept_of_unlike(batch, fold_seed(self.seed, 0))
         if 0 < vision.patch_dropout_steps <= step or num_keep == num_patches:
             return None
         size, seed = len(batch), fold_seed(self.seed, 0)
         return keep_ids(size, num_patches, num_keep, seed=seed, sample_ids=batch.positions).ids
+
+    def _kept_of_unlike(self, batch: Batch, seed: int) -> Tensor | None:
+        """The same of images of unlike sizes, numbered in an image's own raster; what an image
+        keeps does not depend on the batch's other images.
+        """
+        vision, most = self.model.config.vision, _MOST_ASPECT * self.model.config.num_patches
+        counts = (batch.sizes // vision.patch_size).prod(1)
+        if int(counts.max()) <= vision.max_patches:
+            return None
+        if int(counts.max()) > most:
+            raise ValueError(
+                f"an image has {int(counts.max())} patches: at most {_MOST_ASPECT} times the "
+                f"{self.model.config.num_patches} of a square fit; set data.max_aspect lower"
+            )
+        valid = torch.arange(most) < counts[:, None]
+        valid = valid.to(batch.images.device, non_blocking=True)
+        keys = {"seed": seed, "sample_ids": batch.positions, "valid": valid}
+        return keep_ids(len(batch), most, vision.max_patches, **keys).ids
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -25,7 +25,8 @@ NEEDS = {
     "mim": ("a code head",),
     "mvm": ("image tokens that read the text", "a code head"),
     "mpp": ("a color head",),
-    "vqkd": ("a codebook",),
+    "vqkd": ("a codebook", "a decoder of codes"),
+    "kmeans": ("a codebook", "k-means centres"),
     "classify": ("a joint space", "a learned scale"),
 }
 

@@ -22,6 +22,7 @@ _SYSTEMS = (
     "clip",
     "coca",
     "flip",
+    "kmeans",
     "lxmert",
     "metalm",
     "pali",

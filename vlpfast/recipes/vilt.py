@@ -54,14 +54,16 @@ def base() -> RunConfig:
     """The published pre-training: 200,000 steps of 4096 pairs on 64 GPUs.
 
     Source: Kim et al. 2021, arXiv:2102.03334, section 4.2; dandelin/ViLT vilt/config.py: a tenth of
-    the steps warms up, the rate then falls linearly (here by a cosine). There, images keep their
-    aspect ratio at up to 384 x 640 pixels; here they are squares of 384, all of whose patches fit.
+    the steps warms up, the rate then falls linearly (here by a cosine). Images keep their aspect
+    ratio, the shorter side 384 pixels and the longer up to 640.
     """
     return RunConfig(
         name="vilt_base",
         model=preset_config("vilt", "base"),
         objectives=OBJECTIVES,
-        data=DataConfig(path="", max_tokens=40, vocab_size=30522, crop_scale=(0.9, 1.0)),
+        data=DataConfig(
+            path="", max_tokens=40, vocab_size=30522, crop_scale=(1.0, 1.0), max_aspect=1333 / 800
+        ),
         optim=OptimConfig(lr=1e-4, wd=0.01, beta2=0.98, eps=1e-8, warmup=20_000),
         train=TrainConfig(batch_size=64, steps=200_000, precision="amp_bf16"),
     )

@@ -14,11 +14,13 @@ from vlpfast.train.config import RunConfig
 OBJECTIVES = ObjectivesConfig(
     itc=0.0, itm=1.0, mlm=1.0, mvm=1.0, itm_negatives="random", mim_probability=0.5
 )
+# As published, a share of the cells that is drawn for each image.
+EVEN = replace(OBJECTIVES, mim_mask="even")
 
 
 def compact(size: str) -> RunConfig:
-    """`tiny` or `small`: set `objectives.guide` to a tokenizer's run (`vqkd_tiny`, ...) of as many
-    patches.
+    """`tiny` or `small`: set `objectives.guide` to a tokenizer's run (`kmeans_tiny`, `vqkd_tiny`,
+    ...) of as many patches.
     """
     config = lxmert.compact(size, preset="x-lxmert", objectives=OBJECTIVES)
     return replace(config, name=f"x_lxmert_{size}", data=replace(config.data, regions=""))
@@ -37,20 +39,22 @@ def scenes(*, steps: int = 700) -> RunConfig:
 
 
 def base() -> RunConfig:
-    """LXMERT's pre-training with hidden cells in the place of regions.
+    """LXMERT's pre-training with hidden cells in the place of regions, whose codes are those of
+    `objectives.guide`, a run of `kmeans_base`; 20 epochs.
 
-    Deviations: half of the cells are hidden, where the published share is drawn anew for each
-    image; words, cells and matching are trained in every step, in rows of their own.
+    Deviation: words, cells and matching are trained in every step, in rows of their own.
 
-    Source: Cho et al. 2020, arXiv:2009.11278, section 4.3; for the rest see `lxmert.base`.
+    Source: Cho et al. 2020, arXiv:2009.11278, section 4.3; allenai/x-lxmert
+    x-lxmert/scripts/pretrain.bash; for the rest see `lxmert.base`.
     """
     config = lxmert.base()
     return replace(
         config,
         name="x_lxmert_base",
         model=lxmert.preset_config("x-lxmert", "base"),
-        objectives=OBJECTIVES,
+        objectives=EVEN,
         data=replace(config.data, regions="", tasks=(), answers=0),
+        train=replace(config.train, epochs=20),
     )
 
 

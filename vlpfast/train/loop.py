@@ -24,7 +24,6 @@ from vlpfast.train.config import OptimConfig, TrainConfig
 from vlpfast.train.distributed import World
 from vlpfast.train.ema import Ema
 from vlpfast.train.log import RunLog, Window, log_line
-from vlpfast.train.memory import keep_freed_memory
 from vlpfast.train.optim import create_optimizer, param_groups, set_learning_rate
 from vlpfast.train.plots import plot_losses
 from vlpfast.train.schedule import learning_rate
@@ -63,8 +62,6 @@ class Trainer:
         world: World,
         prepare: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
-        if world.device.type == "cpu":
-            keep_freed_memory()
         self.module = step.to(world.device).train()
         self.ema = Ema(step.model, config.ema_decay) if config.ema_decay else None
         self.open_loader, self.prepare = open_loader, prepare

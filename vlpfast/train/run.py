@@ -19,7 +19,12 @@ from vlpfast.data.batch import Batch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, make_tokenizer, open_index
-from vlpfast.data.masking import mask_patches, mask_regions, mask_text
+from vlpfast.data.masking import (
+    mask_patches,
+    mask_patches_evenly,
+    mask_regions,
+    mask_text,
+)
 from vlpfast.data.sources import containers
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.models.load import run_config, start_from
@@ -40,7 +45,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
 
     The folder holds config.json, tokenizer.json, out.log, metrics.jsonl, loss.png, tensorboard/,
     checkpoints/step_K.pt, and at the end model.safetensors; guide.json is the configuration of the
-    run that `objectives.guide` names.
+    run that `objectives.guide` names, answers.json the answers that the model tells, by number.
 
     Args:
         config: of the whole run. The model's vocabulary becomes the tokenizer's.
@@ -115,8 +120,11 @@ def prepare(batch: Batch, config: RunConfig, tokenizer: Tokenizer, guide: Guide 
         batch = replace(batch, masked_regions=hidden)
     if objectives.hides_patches:
         patches = config.model.num_patches
-        count = max(1, round(objectives.mim_probability * patches))
-        ids = mask_patches(count, math.isqrt(patches), **key)
+        if objectives.mim_mask == "even":
+            ids = mask_patches_evenly(patches, **key)
+        else:
+            count = max(1, round(objectives.mim_probability * patches))
+            ids = mask_patches(count, math.isqrt(patches), **key)
         batch = replace(batch, hidden_patches=ids)
     if guide is not None:
         bf16 = config.train.precision == "amp_bf16"
@@ -135,6 +143,9 @@ def run_of(
         identity["guide"] = guide.sha256
         text = json.dumps(run_config(Path(config.objectives.guide)), indent=2) + "\n"
         files["guide.json"] = lambda path: path.write_text(text)
+    if config.model.answers and config.data.answers:
+        answers = open_answers(index, config.data.tasks, config.data.answers)
+        files["answers.json"] = lambda path: path.write_text(json.dumps(list(answers)) + "\n")
     return Run(
         name=config.name,
         folder=config.run_dir,

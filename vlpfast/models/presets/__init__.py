@@ -31,6 +31,7 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "clip": dual.clip,
     "coca": caption.coca,
     "flip": dual.flip,
+    "kmeans": codes.kmeans,
     "lxmert": co.lxmert,
     "metalm": generalist.metalm,
     "pali": seq2seq.pali,

@@ -84,8 +84,9 @@ def x_lxmert(size: str) -> ModelConfig:
     their codes; without answers.
 
     Deviations: the CNN is trained along, from pixels in which hidden cells are blank; a cell's
-    place is a learned vector, not a box; codes are a guide's (`objectives.guide`), not 10,000
-    k-means centres of a detector's features, and their head is one linear map.
+    place is a learned vector, not a box; codes are a guide's (`objectives.guide`), k-means centres
+    of a CNN's features (preset "kmeans") or a tokenizer's, not those of a detector's features, and
+    their head is one linear map.
 
     Source: Cho et al. 2020, arXiv:2009.11278, section 4.
     """

@@ -1,8 +1,13 @@
-"""Images alone: a visual tokenizer, and a model that predicts its codes of hidden patches."""
+"""Images alone: a visual tokenizer, and a model that predicts its codes of hidden patches; and a
+tokenizer of a CNN's cells.
+"""
 
 from __future__ import annotations
 
-from vlpfast.models.config import CodebookConfig, ModelConfig
+from dataclasses import replace
+
+from vlpfast.models.config import CodebookConfig, ModelConfig, VisionConfig
+from vlpfast.models.presets.dual import align
 from vlpfast.models.presets.sizes import HALF, IMAGENET, SHAPES, build
 
 _NO_TEXT = {"dim": 0, "heads": 1, "kind": "none"}
@@ -13,7 +18,7 @@ def beit2(size: str) -> ModelConfig:
     """BEiT v2: a vision transformer with relative positions that tells a tokenizer's codes of
     hidden patches, by itself and through the class token's head.
 
-    Deviations: key biases, which a softmax does not see; no stochastic depth.
+    Deviation: key biases, which a softmax does not see.
 
     Source: Peng et al. 2022, arXiv:2208.06366; microsoft/unilm beit2/PRETRAINING.md.
     """
@@ -50,4 +55,33 @@ def vqkd(size: str) -> ModelConfig:
         codebook=CodebookConfig(_COMPACT_CODES, 16, decoder_depth=1, target_dim=128),
         base={"codebook": CodebookConfig(8192)},
         **HALF,
+    )
+
+
+def kmeans(size: str) -> ModelConfig:
+    """K-means centres of a CNN's cells, X-LXMERT's targets: a CNN beside BERT as `align`, which
+    gives it something to learn, with a codebook. Base is ResNet-50's 8 x 8 cells of 256 px, and
+    10,000 centres.
+
+    Deviation: the CNN learns from texts, where X-LXMERT's is a detector's.
+
+    Source: Cho et al. 2020 (X-LXMERT), section 4.1, arXiv:2009.11278; allenai/x-lxmert
+    feature_extraction/run_kmeans.py.
+    """
+    model, base = align(size), size == "base"
+    vision = replace(model.vision, patch_size=8)
+    if base:
+        vision = VisionConfig(2048, 0, 1, front="cnn", cnn="resnet50", pool="mean", patch_size=32)
+    return replace(
+        model,
+        preset="kmeans",
+        image_size=256 if base else model.image_size,
+        vision=vision,
+        image_projection=True,
+        codebook=CodebookConfig(
+            10_000 if base else _COMPACT_CODES,
+            vision.dim,
+            kind="kmeans",
+            decay=1.0 if base else 0.98,
+        ),
     )
