@@ -57,8 +57,9 @@ def unified_io(size: str) -> ModelConfig:
     locations (1,000 of them) and 16,384 codes; texts, and images that are written, of at most 256
     tokens.
 
-    Deviations: learned positions alone, one table for prompts and texts, in place of relative
-    biases and of projected absolute ones (3.5 M); LayerNorm and biases in place of RMSNorm; an MLP
+    Deviations: fixed positions of patches, as wide as what is published begins, and learned ones
+    of tokens, one table for prompts and texts, without relative biases and projected absolute ones
+    (3.5 M); LayerNorm and biases in place of RMSNorm; an MLP
     of 3072 in place of a gated one of 2048 (as many weights); which segment a token is of is told
     the encoder alone; logits are of the whole vocabulary, not of words or codes by the task, and
     not divided by sqrt(768), as the table begins narrow.
@@ -78,7 +79,9 @@ def unified_io(size: str) -> ModelConfig:
         size,
         image_size=image_size,
         embed_dim=0,
-        vision=VisionConfig(**tokens, patch_size=patch_size, class_token=False, pool="mean"),
+        vision=VisionConfig(
+            **tokens, patch_size=patch_size, position="sincos", class_token=False, pool="mean"
+        ),
         text=TextConfig(
             **tokens,
             vocab_size=33_152 if base else 4096,
