@@ -33,6 +33,8 @@ _HEADLINE = {
         "shuffled_exact_match",
     ),
     "vqa": ("vqa_accuracy", "shuffled_vqa_accuracy"),
+    "box": ("box_accuracy", "shuffled_box_accuracy", "mean_iou", "shuffled_mean_iou"),
+    "image": ("code_accuracy", "other_caption_code_accuracy"),
     "classify": ("accuracy",),
     "codes": ("codebook_use", "codebook_perplexity"),
     "mim": ("mim_accuracy", "class_head_mim_accuracy", "shuffled_mim_accuracy"),

@@ -96,6 +96,13 @@ def test_states_are_those_of_rows_one_by_one_with_and_without_their_image():
     torch.testing.assert_close(alone.select(row).values, out.select(row).values)
 
 
+def test_positions_of_patches_begin_as_wide_as_what_they_tell():
+    torch.manual_seed(0)
+    small = VLPModel(preset_config("unified-io", "tiny", vocab_size=WORDS))
+    assert float(small.vision.embedding.position.detach().std()) == pytest.approx(1.0, rel=0.05)
+    assert float(small.text.embedding.position.detach().std()) == pytest.approx(0.01, rel=0.05)
+
+
 @torch.no_grad()
 def test_one_table_reads_and_writes_all_ids():
     ours = model()
