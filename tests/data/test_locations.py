@@ -1,5 +1,6 @@
 """Boxes to location tokens and back, what a crop shows, and the prompts that speak of places."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -147,6 +148,20 @@ def test_batches_hold_each_task(scenes):
             kinds |= names
     loader.close()
     assert kinds == {"box", "region", "image", "caption"}
+
+
+def test_evaluation_asks_for_images_by_the_captions_of_training(scenes):
+    tokenizer = make_tokenizer(CONFIG, scenes)
+    config = replace(CONFIG, tasks=("image",), captions=(2,))
+    options = {"tokenizer": tokenizer, "image_size": 16, "batch_size": 8, "seed": 0}
+    loader = make_loader(scenes, config, **options, train=False, num_codes=4)
+    batch = loader.load(0)
+    loader.close()
+    assert batch.drawn.tolist() == list(range(8))
+    for row, sample in enumerate(batch.sample_ids.tolist()):
+        asked = f'what is the complete image? text: "{scenes.captions(sample)[2]}"'
+        ids = batch.prompt.select(torch.tensor([row])).values.tolist()
+        assert [ids] == tokenizer.encode([asked], 64)
 
 
 def test_a_training_crop_moves_the_boxes(scenes):

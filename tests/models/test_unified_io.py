@@ -96,6 +96,13 @@ def test_states_are_those_of_rows_one_by_one_with_and_without_their_image():
     torch.testing.assert_close(alone.select(row).values, out.select(row).values)
 
 
+def test_positions_of_patches_begin_as_wide_as_what_they_tell():
+    torch.manual_seed(0)
+    small = VLPModel(preset_config("unified-io", "tiny", vocab_size=WORDS))
+    assert float(small.vision.embedding.position.detach().std()) == pytest.approx(1.0, rel=0.05)
+    assert float(small.text.embedding.position.detach().std()) == pytest.approx(0.01, rel=0.05)
+
+
 @torch.no_grad()
 def test_one_table_reads_and_writes_all_ids():
     ours = model()
@@ -110,6 +117,9 @@ def test_one_table_reads_and_writes_all_ids():
 @torch.no_grad()
 def test_what_is_written_lies_in_the_allowed_range(beams):
     ours = lively()
+    # Left free, codes would be written: one of the two has the largest logit.
+    codes = ours.text.embedding.token[WORDS : WORDS + 2]
+    codes.copy_(torch.stack([9 * codes[0], -9 * codes[0]]))
     prompt = PROMPTS.select(torch.arange(2))
     options = {"start_id": 1, "end_id": 2, "max_tokens": 6, "num_beams": beams, "prompt": prompt}
     words = ours.generate(images(), **options).text.values

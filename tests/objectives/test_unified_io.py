@@ -139,7 +139,7 @@ def test_what_a_guide_cannot_serve_says_so(tmp_path):
     device = torch.device("cpu")
     with pytest.raises(ValueError, match=r"'image' needs objectives\.guide, the run folder of a t"):
         Guide.open(CONFIG, device, draws=True)
-    with pytest.raises(ValueError, match=r"gives targets of mim, mvm, vqkd and of data\.tasks 'im"):
+    with pytest.raises(ValueError, match=r"gives targets of mim, mvm, vqkd only, and of data"):
         Guide.open(replace(CONFIG, guide=str(tmp_path)), device)
     with pytest.raises(ValueError, match=r"serves objectives\.mim or data\.tasks 'image', not bo"):
         Guide.open(replace(CONFIG, mim=1.0, guide=str(tmp_path)), device, draws=True)

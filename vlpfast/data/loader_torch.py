@@ -188,6 +188,10 @@ class TorchLoader:
         first, count = (torch.from_numpy(a) for a in self.index.caption_ranges(samples))
         if self.train:
             first = first + self._caption_places(torch.from_numpy(positions), count)
+        elif "image" in self.config.tasks and self.config.captions:
+            # Images are asked for as in training.
+            place = min(self.config.captions)
+            first = first + torch.where(place < count, place, 0)
         captions = torch.where(count > 0, first, -1)
         return Draws(positions, samples, boxes, captions.numpy())
 

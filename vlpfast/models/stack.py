@@ -119,7 +119,8 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
         elif name.endswith(".query"):
             nn.init.normal_(parameter)
         elif name.endswith("position"):
-            nn.init.normal_(parameter, std=0.02 if post else 0.01)
+            scale = getattr(config, "position_scale", 1.0)
+            nn.init.normal_(parameter, std=scale * (0.02 if post else 0.01))
         elif name.endswith("embedding.weight"):
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         elif ".cnn." in name and parameter.dim() == 4:

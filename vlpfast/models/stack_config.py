@@ -76,6 +76,7 @@ class VisionConfig(StackConfig):
             heads of kind "lxmert" predict too; 0: none.
         embed_norm: LayerNorm between the embeddings and the first block (CLIP's `pre_layrnorm`).
         position: "learned", fixed 2-D "sincos" (FLIP, MAE), or "none" (BEiT, with relative_bias).
+        position_scale: how many times as wide as other stacks' learned positions begin.
         relative_bias: a learned bias of attention for each head and displacement between patches
             and class token: "shared" by all layers (BEiT's pre-training), or each "layer" has its
             own; of "patches", where none are dropped.
@@ -104,6 +105,7 @@ class VisionConfig(StackConfig):
     patch_bias: bool = True
     embed_norm: bool = False
     position: Literal["learned", "sincos", "none"] = "learned"
+    position_scale: float = 1.0
     relative_bias: Literal["none", "shared", "layer"] = "none"
     head_layers: int = 0
     early_layers: int = 0

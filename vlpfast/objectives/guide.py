@@ -66,8 +66,8 @@ class Guide:
                 f"{needed[0]} needs objectives.guide, the run folder of "
                 f"{'a tokenizer' if codes else 'a teacher'}"
                 if needed
-                else f"objectives.guide {objectives.guide!r} gives targets of mim, mvm, vqkd and "
-                "of data.tasks 'image' only"
+                else f"objectives.guide {objectives.guide!r} gives targets of mim, mvm, vqkd only, "
+                "and of data.tasks 'image'"
             )
         if not needed:
             return None

@@ -57,11 +57,12 @@ def unified_io(size: str) -> ModelConfig:
     locations (1,000 of them) and 16,384 codes; texts, and images that are written, of at most 256
     tokens.
 
-    Deviations: learned positions alone, one table for prompts and texts, in place of relative
-    biases and of projected absolute ones (3.5 M); LayerNorm and biases in place of RMSNorm; an MLP
-    of 3072 in place of a gated one of 2048 (as many weights); which segment a token is of is told
-    the encoder alone; logits are of the whole vocabulary, not of words or codes by the task, and
-    not divided by sqrt(768), as the table begins narrow.
+    Deviations: learned positions alone, those of patches drawn N(0, 1) as published and one table
+    for prompts and texts, without relative biases and projected absolute ones (3.5 M); LayerNorm
+    and biases in place of RMSNorm; an MLP of 3072 in place of a gated one of 2048 (as many
+    weights); which segment a token is of is told the encoder alone; logits are of the whole
+    vocabulary, not of words or codes by the task, and not divided by sqrt(768), as the table begins
+    narrow.
 
     Source: Lu et al. 2022, arXiv:2206.08916; allenai/unified-io-inference uio/configs.py,
         uio/network.py.
@@ -78,7 +79,9 @@ def unified_io(size: str) -> ModelConfig:
         size,
         image_size=image_size,
         embed_dim=0,
-        vision=VisionConfig(**tokens, patch_size=patch_size, class_token=False, pool="mean"),
+        vision=VisionConfig(
+            **tokens, patch_size=patch_size, position_scale=100.0, class_token=False, pool="mean"
+        ),
         text=TextConfig(
             **tokens,
             vocab_size=33_152 if base else 4096,
