@@ -19,6 +19,7 @@ from vlpfast.ops.seed import fold_seed
 State = tuple[Tensor | None, Tensor]
 # Of the names of parameters, which expert has them.
 _EXPERT = re.compile(r"\.(text|image|joint)(?=\.)")
+_OF_FRONT_ENDS = ("feature.weight", "box.weight", "cell.weight", "hidden_feature")
 
 
 def make_blocks(
@@ -89,46 +90,30 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
     Source: Radford et al. 2021, section 2.5 and open_clip transformer.py `init_parameters`; Devlin
     et al. 2019; for "sub" see `_init_sub_norm`.
     """
-    post = config.norm == "post"
-    attention_std = 0.02 if post else config.dim**-0.5
-    output_std = 0.02 if post else (2 * max(config.depth, 1) * config.dim) ** -0.5
-    hidden_std = 0.02 if post else (2 * config.dim) ** -0.5
+    post, width, depth = config.norm == "post", config.dim, max(config.depth, 1)
+    inputs = lambda parameter: parameter.shape[-1] ** -0.5
+    stds: dict[tuple[str, ...], float | Callable[[Tensor], float]] = {
+        ("qkv.weight", "q.weight", "kv.weight"): 0.02 if post else width**-0.5,
+        ("out.weight", "fc2.weight"): 0.02 if post else (2 * depth * width) ** -0.5,
+        ("fc1.weight",): 0.02 if post else (2 * width) ** -0.5,
+        ("tag.weight", "expert.weight"): inputs,
+        ("embedding.token", "token_type", "class_token", "mask_token", "modality"): 0.02,
+        (".kind", "probe", "start"): 0.02,
+        (".query",): 1.0,
+        ("position",): getattr(config, "position_scale", 1.0) * (0.02 if post else 0.01),
+        ("embedding.weight",): lambda patches: patches[0].numel() ** -0.5,
+        _OF_FRONT_ENDS: 0.02 if post else inputs,
+        (".bias",): 0.0,
+    }
     for full_name, parameter in tower.named_parameters():
         name = _EXPERT.sub("", full_name)
-        if name.endswith(("qkv.weight", "q.weight", "kv.weight")):
-            nn.init.normal_(parameter, std=attention_std)
-        elif name.endswith(("out.weight", "fc2.weight")):
-            nn.init.normal_(parameter, std=output_std)
-        elif name.endswith("fc1.weight"):
-            nn.init.normal_(parameter, std=hidden_std)
-        elif name.endswith(("tag.weight", "expert.weight")):
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        elif name.endswith(
-            (
-                "embedding.token",
-                "token_type",
-                "class_token",
-                "mask_token",
-                "modality",
-                ".kind",
-                "probe",
-                "start",
-            )
-        ):
-            nn.init.normal_(parameter, std=0.02)
-        elif name.endswith(".query"):
-            nn.init.normal_(parameter)
-        elif name.endswith("position"):
-            scale = getattr(config, "position_scale", 1.0)
-            nn.init.normal_(parameter, std=scale * (0.02 if post else 0.01))
-        elif name.endswith("embedding.weight"):
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        std = next((std for endings, std in stds.items() if name.endswith(endings)), None)
+        if std == 0:
+            nn.init.zeros_(parameter)
+        elif std is not None:
+            nn.init.normal_(parameter, std=std(parameter) if callable(std) else std)
         elif ".cnn." in name and parameter.dim() == 4:
             nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
-        elif name.endswith(("feature.weight", "box.weight", "cell.weight", "hidden_feature")):
-            nn.init.normal_(parameter, std=0.02 if post else parameter.shape[-1] ** -0.5)
-        elif name.endswith(".bias"):
-            nn.init.zeros_(parameter)
         if config.norm == "sub":
             _init_sub_norm(name, parameter, config)
 

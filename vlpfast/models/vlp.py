@@ -154,27 +154,22 @@ class VLPModel(Heads):
             num_embedded: of how many texts, the first ones, an embedding is wanted; None: all.
         """
         self._need(self.text, "a text tower")
-        tokens = self.text(text, seed)
-        if self.config.fusion.shares_text:
-            wanted = num_embedded != 0
-            first = unit(self.text_projection(tokens.values[text.first()])) if wanted else None
-            return TextOutput(self._embedded(text, self.config.text.task_ids[1]), first)
-        if self.config.text.pool == "appended":
-            wanted = num_embedded != 0
-            last = unit(self.text_projection(tokens.values[tokens.last()])) if wanted else None
-            return TextOutput(tokens.without_last(), last)
+        config = self.config
+        tokens = fused = self.text(text, seed)
+        if config.fusion.shares_text:
+            fused = self._embedded(text, config.text.task_ids[1])
+        elif config.text.pool == "appended":
+            fused = tokens.without_last()
         if not self.has_joint_space or num_embedded == 0:
-            return TextOutput(tokens, None)
-        embedded = tokens
+            return TextOutput(fused, None)
         if num_embedded is not None and num_embedded < len(tokens):
-            embedded = tokens.select(torch.arange(num_embedded, device=tokens.values.device))
-        if self.config.shared:
-            return TextOutput(tokens, self.fusion.encode_text(embedded, fold_seed(seed, 1)))
-        if self.config.one_stack:
-            return TextOutput(tokens, *self._embed_alone(embedded, "text", seed))
-        first = self.config.text.pool == "first"
-        pooled = embedded.values[embedded.first() if first else embedded.last()]
-        return TextOutput(tokens, unit(self.text_projection(pooled)))
+            tokens = tokens.select(torch.arange(num_embedded, device=tokens.values.device))
+        if config.shared:
+            return TextOutput(fused, self.fusion.encode_text(tokens, fold_seed(seed, 1)))
+        if config.one_stack:
+            return TextOutput(fused, *self._embed_alone(tokens, "text", seed))
+        places = tokens.first() if config.text.pool == "first" else tokens.last()
+        return TextOutput(fused, unit(self.text_projection(tokens.values[places])))
 
     def image_states(self, tokens: Tensor) -> Tensor:
         """What the image tower makes of images (B, N, D), from `encode_image`'s tokens: themselves,
