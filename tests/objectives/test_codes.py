@@ -242,9 +242,7 @@ def test_guides_that_do_not_fit_say_so():
         ValueError, match=r"vqkd needs objectives\.guide, the run folder of a teach"
     ):
         Guide.open(VQKD, device)
-    with pytest.raises(
-        ValueError, match=r"'x' gives targets of mim, mvm, vqkd and of data\.tasks 'image' only"
-    ):
+    with pytest.raises(ValueError, match="guide 'x' gives targets of mim, mvm, vqkd only"):
         Guide.open(ObjectivesConfig(guide="x"), device)
     with pytest.raises(FileNotFoundError, match="nowhere is not a run folder"):
         Guide.open(replace(MIM, guide="nowhere"), device)
