@@ -20,8 +20,10 @@ CPP = _contrastive_passes.passes_of("cpp")
 BF16 = torch.bfloat16
 SCALE, SMOOTHING, ALPHA = 3.0, 0.001, 0.4
 # M, N, D: one of all; around a panel (64), a chunk (192) and a vector of columns (32); more chunks
-# than segments (32), which then differ in size.
-SHAPES = [(1, 1, 1), (63, 191, 31), (64, 192, 32), (65, 193, 33), (17, 33 * 192 + 5, 16)]
+# than tasks (32), whose segments then differ in size; more panels than tasks.
+SHAPES = [
+    (1, 1, 1), (63, 191, 31), (64, 192, 32), (65, 193, 33), (17, 33 * 192 + 5, 16), (2100, 400, 8),
+]  # fmt: skip
 
 
 def features(rows: int, width: int, seed: int, dtype: torch.dtype) -> Tensor:

@@ -377,16 +377,15 @@ VLPFAST_INLINE void over_chunks(const KeyWalk& walk, int64_t segment, Work work)
   }
 }
 
-// The first walk over segments from `next`.
+// The first walk. Tasks of a segment follow each other, so that its keys stay in the last cache.
 inline void look_at_keys(const KeyWalk& walk, std::atomic<int64_t>& next) {
   KeySpace space(walk);
-  for (int64_t segment; (segment = next++) < walk.num_segments();) {
+  for (int64_t task; (task = next++) < walk.num_tasks();) {
+    const int64_t segment = task / walk.num_panels();
+    const Panel panel(walk, task % walk.num_panels());
     const KeySums sums = walk.sums_of(segment);
     over_chunks(walk, segment, [&](int64_t begin, int64_t n) {
-      const KeyRows keys = key_rows(walk, begin, n, space);
-      for (int64_t i = 0; i < walk.num_panels(); ++i) {
-        look(walk, Panel(walk, i), keys, begin, n, sums, space);
-      }
+      look(walk, panel, key_rows(walk, begin, n, space), begin, n, sums, space);
     });
   }
 }
@@ -394,15 +393,15 @@ inline void look_at_keys(const KeyWalk& walk, std::atomic<int64_t>& next) {
 // The second.
 inline void differentiate_keys(const KeyWalk& walk, std::atomic<int64_t>& next) {
   KeySpace space(walk);
-  for (int64_t segment; (segment = next++) < walk.num_segments();) {
+  for (int64_t task; (task = next++) < walk.num_tasks();) {
+    const int64_t segment = task / walk.num_panels();
+    const Panel panel(walk, task % walk.num_panels());
     float* dots = walk.dots + segment * to_lanes(walk.M);
     float* grads = walk.grads ? walk.grads + segment * walk.M * walk.ld() : nullptr;
     over_chunks(walk, segment, [&](int64_t begin, int64_t n) {
       const KeyRows keys = key_rows(walk, begin, n, space);
       if (kHasPairs && walk.is_bf16 && grads) pair_keys(keys, n, walk.ld(), space.pairs);
-      for (int64_t i = 0; i < walk.num_panels(); ++i) {
-        differentiate(walk, Panel(walk, i), keys, begin, n, dots, grads, space);
-      }
+      differentiate(walk, panel, keys, begin, n, dots, grads, space);
     });
   }
 }

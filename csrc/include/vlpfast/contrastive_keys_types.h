@@ -1,7 +1,7 @@
 // What the walk over a contrastive loss's keys is given, whatever the target; no tensor in it.
 //
 // Letters: M queries, N keys, D width; a panel is up to kPanelRows queries, a segment the keys that
-// one task walks, a chunk those of which it makes similarities at a time.
+// one task walks with a panel, a chunk those of which it makes similarities at a time.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,9 @@ constexpr int64_t kLaneStep = 16;
 // A chunk of keys, its similarities and a panel stay in a core's second cache. Even, for pairs, and
 // whole tiles of six.
 constexpr int64_t kChunkKeys = 192;
-// Results do not depend on threads: segments do not.
-constexpr int64_t kMaxSegments = 32;
+// Segments times panels. Many queries need few segments, each of which has gradients of its own; and
+// neither depends on threads, so results do not.
+constexpr int64_t kMostTasks = 32;
 
 inline int64_t to_lanes(int64_t n) { return (n + kLaneStep - 1) / kLaneStep * kLaneStep; }
 
@@ -48,7 +49,10 @@ struct KeyWalk {
   int64_t copies() const { return teacher ? 2 : 1; }
   int64_t num_panels() const { return (M + kPanelRows - 1) / kPanelRows; }
   int64_t num_chunks() const { return (N + kChunkKeys - 1) / kChunkKeys; }
-  int64_t num_segments() const { return std::min(kMaxSegments, num_chunks()); }
+  int64_t num_segments() const {
+    return std::min(std::max<int64_t>(1, kMostTasks / num_panels()), num_chunks());
+  }
+  int64_t num_tasks() const { return num_segments() * num_panels(); }
   int64_t chunk_from(int64_t segment) const { return segment * num_chunks() / num_segments(); }
   // D in whole vectors, also of pairs of columns.
   int64_t ld() const { return (D + 2 * kLaneStep - 1) / (2 * kLaneStep) * (2 * kLaneStep); }
