@@ -6,8 +6,9 @@ namespace vlpfast::VLPFAST_NAMESPACE {
 // f, g from the F, G that are in their place.
 VLPFAST_INLINE void ipot_potentials(Workspace& w, double eps, double offset) {
   const int64_t m = w.rows.size(), n = w.columns.size();
-  for (int64_t i = 0; i < m; ++i) w.f[i] = eps * (w.f[i] + std::log(double(m)));
-  for (int64_t j = 0; j < n; ++j) w.g[j] = eps * (w.g[j] + std::log(double(n))) + offset;
+  const double log_m = std::log(double(m)), log_n = std::log(double(n));
+  for (int64_t i = 0; i < m; ++i) w.f[i] = eps * (w.f[i] + log_m);
+  for (int64_t j = 0; j < n; ++j) w.g[j] = eps * (w.g[j] + log_n) + offset;
 }
 
 // How the scaling form keeps a plan inside of fp32, of which an entry that is once 0 never returns.
@@ -33,10 +34,10 @@ struct StateRange {
 // m sigma and, after the first step, delta / m: near 1, so that their products are.
 VLPFAST_INLINE void summed_logarithms(Workspace& w, int64_t t) {
   Scaling& s = w.scaling;
-  const double shift = std::log(double(s.m));
+  const double log_m = std::log(double(s.m)), log_n = std::log(double(s.n));
   s.sigmas.logarithms(s.m, w.f), s.deltas.logarithms(s.n, w.g);
-  for (int64_t i = 0; i < s.m; ++i) w.f[i] -= t * shift;
-  for (int64_t j = 0; j < s.n; ++j) w.g[j] += (t - 1) * shift - std::log(double(s.n));
+  for (int64_t i = 0; i < s.m; ++i) w.f[i] -= t * log_m;
+  for (int64_t j = 0; j < s.n; ++j) w.g[j] += (t - 1) * log_m - log_n;
 }
 
 // P after t steps, from F and G: scale * T.
@@ -64,8 +65,8 @@ VLPFAST_INLINE Solved ipot_scaling(Workspace& w, const IpotOptions& o, double of
   Scaling& s = w.scaling;
   const int64_t m = w.rows.size(), n = w.columns.size();
   // P and marginals times the same: the factors are what they would be without.
-  begin_scaling(s, m, n, [&](int64_t) { return range.scale / m; },
-                [&](int64_t) { return range.scale / n; });
+  const float a = range.scale / m, b = range.scale / n;
+  begin_scaling(s, m, n, [a](int64_t) { return a; }, [b](int64_t) { return b; });
   exponentiate(s, w.similarity, origin, o.beta, range.scale / m / n);
   const auto collect = [&] {
     if constexpr (kPotentials) s.sigmas.multiply(s.left, m), s.deltas.multiply(s.right, n);
