@@ -6,89 +6,106 @@ namespace vlpfast::VLPFAST_NAMESPACE {
 // f, g from the F, G that are in their place.
 VLPFAST_INLINE void ipot_potentials(Workspace& w, double eps, double offset) {
   const int64_t m = w.rows.size(), n = w.columns.size();
-  for (int64_t i = 0; i < m; ++i) w.f[i] = eps * (w.f[i] + std::log(double(m)));
-  for (int64_t j = 0; j < n; ++j) w.g[j] = eps * (w.g[j] + std::log(double(n))) + offset;
+  const double log_m = std::log(double(m)), log_n = std::log(double(n));
+  for (int64_t i = 0; i < m; ++i) w.f[i] = eps * (w.f[i] + log_m);
+  for (int64_t j = 0; j < n; ++j) w.g[j] = eps * (w.g[j] + log_n) + offset;
 }
 
 // How the scaling form keeps a plan inside of fp32, of which an entry that is once 0 never returns.
-// The state is held times `scale`. In one step an entry grows by no more than exp(span), span being
-// the kernel's (0.91 of it was the most seen); so in `period` steps none comes from where it is
-// flushed to where it counts, 1e-10, and then the state is computed anew from F and G.
+// P is held times `scale`. Before the factors of rows and columns go into P, `steps` of them, they
+// and A^steps move an entry of P by no more than exp(15) from scale * T; in one step an entry of T
+// grows by no more than exp(span), span being the kernel's (0.91 of it was the most seen). So in
+// `period` steps none comes from where it is flushed to where it counts, 1e-10, and then P is
+// computed anew from F and G.
 struct StateRange {
   explicit StateRange(double span)
       : log_scale(std::floor(std::min(80.0, 122 - 2.6 * span)) * 0.69314718055994531),
         scale(static_cast<float>(std::exp(log_scale))),
-        period(static_cast<int64_t>(std::max(1.0, (87 + log_scale - 23) / std::max(span, 1e-9)))) {}
+        steps(static_cast<int64_t>(std::max(1.0, 10 / std::max(span, 1e-9)))),
+        period(static_cast<int64_t>(
+            std::max(1.0, (87 + log_scale - 23 - 15) / std::max(span, 1e-9)))) {}
 
   double log_scale;
   float scale;
-  int64_t period;
+  int64_t steps, period;
 };
 
-// The state after t steps, from F and G: scale * A T / sigma.
-VLPFAST_INLINE void refresh(Workspace& w, const StateRange& range, double steps, double beta,
+// log sigma and log delta, summed over t steps, into the place of f and g. The scaling form has
+// m sigma and, after the first step, delta / m: near 1, so that their products are.
+VLPFAST_INLINE void summed_logarithms(Workspace& w, int64_t t) {
+  Scaling& s = w.scaling;
+  const double log_m = std::log(double(s.m)), log_n = std::log(double(s.n));
+  s.sigmas.logarithms(s.m, w.f), s.deltas.logarithms(s.n, w.g);
+  for (int64_t i = 0; i < s.m; ++i) w.f[i] -= t * log_m;
+  for (int64_t j = 0; j < s.n; ++j) w.g[j] += (t - 1) * log_m - log_n;
+}
+
+// P after t steps, from F and G: scale * T.
+VLPFAST_INLINE void refresh(Workspace& w, const StateRange& range, int64_t t, double beta,
                             double origin) {
   Scaling& s = w.scaling;
-  s.sigmas.logarithms(s.m, w.f);
-  s.deltas.logarithms(s.n, w.g);
+  summed_logarithms(w, t);
   std::fill(w.g + s.n, w.g + s.ld, 0.0);
-  const double factor = (steps + 1) / beta;
-  for (int64_t i = 0; i < s.m; ++i) {
-    const double own = w.f[i] - std::log(double{s.sigma[i]}) + range.log_scale - factor * origin;
-    const float* row = w.similarity + i * s.ld;
-    float* to = s.state + i * s.ld;
-    for (int64_t j = 0; j < s.ld; j += kLanes / 2) {
-      store(to + j, to_floats(load_doubles(row + j) * factor + (load(w.g + j) + own)));
+  const double factor = t / beta;
+  each_vector(s, [&](int64_t i, int64_t j, int64_t at) {
+    const double own = w.f[i] + range.log_scale - factor * origin;
+    float exponents[kLanes];
+    for (int k = 0; k < kLanes; k += kLanes / 2) {
+      const DoubleVec similarity = load_doubles(w.similarity + i * s.ld + j + k);
+      store(exponents + k, to_floats(similarity * factor + (load(w.g + j + k) + own)));
     }
-    for (int64_t j = 0; j < s.ld; j += kLanes) {
-      const Vec value = exp(load(to + j), Vec{});
-      store(to + j, load(s.outside + j) > 0.0f ? Vec{} : value);
-    }
-  }
+    const Vec value = exp(load(exponents), Vec{});
+    store(s.state + at, load(s.outside + j) > 0.0f ? Vec{} : value);
+  });
 }
 
 template <bool kPotentials>
-VLPFAST_INLINE Solved ipot_scaling(Workspace& w, const IpotOptions& o, double offset,
-                                   double origin, const StateRange& range) {
+VLPFAST_INLINE Solved ipot_scaling(Workspace& w, const IpotOptions& o, double offset, float origin,
+                                   const StateRange& range) {
   Scaling& s = w.scaling;
   const int64_t m = w.rows.size(), n = w.columns.size();
-  // State and marginals times the same: sigma and delta are what they would be without.
-  begin_scaling(s, m, n, [&](int64_t) { return range.scale / m; },
-                [&](int64_t) { return range.scale / n; });
-  for (int64_t i = 0; i < padded(m); ++i) s.sigma[i] = i < m ? 1.0f / m : 0.0f;
-  keep_sigma(s);
-  // Times m, because a sweep begins by multiplying with the sigma before.
-  exponentiate(s, w.similarity, origin, o.beta, range.scale * m);
+  // P and marginals times the same: the factors are what they would be without.
+  const float a = range.scale / m, b = range.scale / n;
+  begin_scaling(s, m, n, [a](int64_t) { return a; }, [b](int64_t) { return b; });
+  exponentiate(s, w.similarity, origin, o.beta, range.scale / m / n);
+  const auto collect = [&] {
+    if constexpr (kPotentials) s.sigmas.multiply(s.left, m), s.deltas.multiply(s.right, n);
+  };
   if constexpr (kPotentials) s.sigmas.begin(m), s.deltas.begin(n);
   const float ratio = static_cast<float>(std::exp(o.tol / o.beta));
-  int64_t t = 0;
-  for (bool stop = false; t < o.iters && !stop;) {
-    ++t;
-    for (int64_t k = 1; k < o.inner; ++k) sweep<Update::kNone>(s);
-    if (t == o.iters) {
-      sweep<Update::kPlan>(s);
+  int64_t t = 0, steps = 0;  // steps: since left and right were last put into P
+  for (bool stop = false, backward = false; t < o.iters && !stop; backward = !backward) {
+    if (t == 0) {
+      sweep<Update::kNone>(s, backward);
+    } else if (steps < range.steps) {
+      sweep<Update::kStep>(s, backward);
     } else {
-      sweep<Update::kStep>(s);
-      stop = o.tol >= 0 && settled(s, s.scale, ratio);
+      collect();
+      forget_factors(s);
+      sweep<Update::kRebase>(s, backward);
+      steps = 0;
     }
-    if constexpr (kPotentials) s.sigmas.multiply(s.sigma, m), s.deltas.multiply(s.delta, n);
-    if (kPotentials && t % range.period == 0 && t < o.iters) refresh(w, range, t, o.beta, origin);
+    ++t, ++steps;
+    for (int64_t k = 1; k < o.inner; ++k) {
+      keep_left(s);
+      sweep<Update::kNone>(s, backward = !backward);
+    }
     keep_sigma(s);
-  }
-  for (int64_t i = 0; i < m; ++i) {
-    float* row = s.state + i * s.ld;
-    const float* kernel = s.kernel + i * s.ld;
-    // A step that turned out to be the last has multiplied by the kernel once too often.
-    for (int64_t j = 0; t < o.iters && j < n; ++j) row[j] /= kernel[j];
-    for (int64_t j = 0; j < s.ld; j += kLanes) {
-      store(row + j, s.sigma[i] * (load(row + j) * (1 / range.scale)));
+    stop = o.tol >= 0 && settled(s.sigma, s.sigma_before, m, ratio);
+    if (kPotentials && t % range.period == 0 && t < o.iters && !stop) {
+      collect();
+      forget_factors(s);
+      refresh(w, range, t, o.beta, origin);
+      steps = 0;
     }
   }
+  float* plan = scaled_plan(s, 1 / range.scale);
   if constexpr (kPotentials) {
-    s.sigmas.logarithms(m, w.f), s.deltas.logarithms(n, w.g);
+    collect();
+    summed_logarithms(w, t);
     ipot_potentials(w, o.beta / t, offset - origin);
   }
-  return {s.state, t};
+  return {plan, t};
 }
 
 VLPFAST_INLINE Solved ipot_log(Workspace& w, const IpotOptions& o, double offset) {
@@ -126,7 +143,7 @@ VLPFAST_INLINE Solved ipot(Workspace& w, const IpotOptions& o, double offset, bo
   const Range similarity = similarities(w);
   const StateRange range(similarity.width() / o.beta);
   if (similarity.width() <= kIpotScaling * o.beta) {
-    const double middle = 0.5 * (similarity.low + similarity.high);
+    const float middle = static_cast<float>(0.5 * (similarity.low + similarity.high));
     const Solved solved = potentials || range.period < o.iters
                               ? ipot_scaling<true>(w, o, offset, middle, range)
                               : ipot_scaling<false>(w, o, offset, middle, range);

@@ -1,10 +1,13 @@
 // Matrix scaling in fp32: IPOT at beta >= 0.1 and balanced Sinkhorn with moderate exponents.
 // Included by each_target.h; no include guard.
 //
-// One sweep over the matrix Q, a few columns at a time so that its second half finds them in L1:
-//     delta_j = b_j / sum_i Q_ij sigma_i,    sigma_i = a_i / sum_j Q_ij delta_j
-// IPOT's step Q <- A sigma Q delta needs the sigma that ends the sweep. It is left out and put
-// right by the next sweep, so that a step takes no pass of its own: Q_ij = scale_i state_ij.
+// Both keep a matrix P and factors of its rows and columns, so that the plan is left_i P_ij right_j,
+// and one sweep makes the factors new from weights w of the rows:
+//     right_j = b_j / sum_i P_ij w_i,    left_i = a_i / sum_j P_ij right_j
+// a few columns at a time, so that the second half finds them in L1. Sinkhorn's P is its kernel and
+// its weights the last left. IPOT's P is multiplied by the kernel A each step, in the first half of
+// the sweep: 3 multiplications an entry, one write. Its factors collect the products of sigma and
+// delta over the steps; now and then, before they leave fp32's range, they go into P (kRebase).
 
 namespace vlpfast::VLPFAST_NAMESPACE {
 
@@ -38,32 +41,54 @@ struct Products {
   Buffer<int32_t> exponent;
 };
 
+// Columns [begin, end) of a block: whole vectors.
+struct Block {
+  int64_t begin, end;
+};
+
+// Vectors of a block at most: enough sums in flight to hide their latency, and a block of state and
+// kernel in L1 up to 64 rows.
+constexpr int kBlock = 4;
+
 struct Scaling {
   Scaling(int64_t max_m, int64_t max_n)
-      : state(max_m * padded(max_n)), kernel(max_m * padded(max_n)), sigma(padded(max_m)),
-        scale(padded(max_m)), weight(padded(max_m)), target_x(padded(max_m)),
-        row_sums(padded(max_m) * kLanes), delta(padded(max_n)), target_y(padded(max_n)),
-        outside(padded(max_n)), sigmas(padded(max_m)), deltas(padded(max_n)) {}
+      : state(max_m * padded(max_n)), kernel(max_m * padded(max_n)), left(padded(max_m)),
+        weight(padded(max_m)), sigma(padded(max_m)), sigma_before(padded(max_m)),
+        inverse(padded(max_m)), target_x(padded(max_m)), row_sums(padded(max_m) * kLanes),
+        right(padded(max_n)), target_y(padded(max_n)), outside(padded(max_n)),
+        sigmas(padded(max_m)), deltas(padded(max_n)) {}
 
-  int64_t m = 0, n = 0, ld = 0;
-  Buffer<float> state, kernel;   // (m, ld)
-  Buffer<float> sigma, scale;    // (m,)
-  Buffer<float> weight;          // (m,): scale * sigma
-  Buffer<float> target_x;        // (m,): a
-  Buffer<float> row_sums;        // (m, kLanes)
-  Buffer<float> delta, target_y; // (ld,): delta and b
-  Buffer<float> outside;         // (ld,): 1 on padding, to be added to its sums
-  Products sigmas, deltas;       // over the steps
+  // Blocks as nearly equal as can be: a narrow last one would take as long as a full one.
+  VLPFAST_INLINE Block block(int64_t k) const {
+    const int64_t vectors = ld / kLanes, width = vectors / num_blocks, wider = vectors % num_blocks;
+    const int64_t begin = k * width + std::min(k, wider);
+    return {begin * kLanes, (begin + width + (k < wider)) * kLanes};
+  }
+
+  int64_t m = 0, n = 0, ld = 0, num_blocks = 0;
+  Buffer<float> state, kernel;    // P, A: block after block, of each its rows
+  Buffer<float> left;             // (m,)
+  Buffer<float> weight;           // (m,)
+  Buffer<float> sigma;            // (m,): by how much left grew in the last step of IPOT
+  Buffer<float> sigma_before;     // (m,): in the step before
+  Buffer<float> inverse;          // (m,): of left when the step began
+  Buffer<float> target_x;         // (m,): a
+  Buffer<float> row_sums;         // (m, kLanes)
+  Buffer<float> right, target_y;  // (ld,): right and b
+  Buffer<float> outside;          // (ld,): 1 on padding, to be added to its sums
+  Products sigmas, deltas;        // over the steps before P's factors were last put into it
 };
 
 // Marginals a(i) and b(j).
 template <class A, class B>
 VLPFAST_INLINE void begin_scaling(Scaling& s, int64_t m, int64_t n, A a, B b) {
   s.m = m, s.n = n, s.ld = padded(n);
+  s.num_blocks = (s.ld / kLanes + kBlock - 1) / kBlock;
   for (int64_t i = 0; i < padded(m); ++i) {
-    s.target_x[i] = i < m ? a(i) : 0.0f;
-    // Rows outside sum to something, so that their sigma is 0 and not NaN.
-    if (i >= m) store(s.row_sums + i * kLanes, all(1.0f));
+    // Rows outside have 1 everywhere.
+    s.target_x[i] = i < m ? a(i) : 1.0f;
+    s.weight[i] = s.sigma[i] = s.inverse[i] = 1;
+    if (i >= m) store(s.row_sums + i * kLanes, all(1.0f / kLanes));
   }
   for (int64_t j = 0; j < s.ld; ++j) {
     s.target_y[j] = j < n ? b(j) : 0.0f;
@@ -71,91 +96,133 @@ VLPFAST_INLINE void begin_scaling(Scaling& s, int64_t m, int64_t n, A a, B b) {
   }
 }
 
-// What becomes of the state in a sweep: nothing; A scale Q delta (a step); scale Q delta (the plan
-// but for sigma).
-enum class Update { kNone, kStep, kPlan };
+// Calls visit(i, j, at) for the vector at row i and column j, which P and A have at `at`.
+template <class Visit>
+VLPFAST_INLINE void each_vector(const Scaling& s, Visit visit) {
+  int64_t at = 0;
+  for (int64_t k = 0; k < s.num_blocks; ++k) {
+    const Block block = s.block(k);
+    for (int64_t i = 0; i < s.m; ++i) {
+      for (int64_t j = block.begin; j < block.end; j += kLanes, at += kLanes) visit(i, j, at);
+    }
+  }
+}
+
+// What becomes of P first: nothing; A P (a step); A left P right.
+enum class Update { kNone, kStep, kRebase };
 
 template <int V, Update update>
-VLPFAST_INLINE void sweep_columns(const Scaling& s, int64_t j0) {
-  Vec delta[V];
-  for (int v = 0; v < V; ++v) delta[v] = load(s.outside + j0 + v * kLanes);
-  for (int64_t i = 0; i < s.m; ++i) {
-    const float* state = s.state + i * s.ld + j0;
-    for (int v = 0; v < V; ++v) delta[v] += s.weight[i] * load(state + v * kLanes);
+VLPFAST_INLINE void sweep_block(const Scaling& s, int64_t j0) {
+  Vec right[V], sums[V];
+  for (int v = 0; v < V; ++v) {
+    right[v] = load(s.right + j0 + v * kLanes);
+    sums[v] = load(s.outside + j0 + v * kLanes);
+  }
+  float* state = s.state + j0 * s.m;
+  const float* kernel = s.kernel + j0 * s.m;
+  for (int64_t i = 0; i < s.m; ++i, state += V * kLanes, kernel += V * kLanes) {
+    for (int v = 0; v < V; ++v) {
+      Vec p = load(state + v * kLanes);
+      if constexpr (update == Update::kRebase) p *= s.left[i] * right[v];
+      if constexpr (update != Update::kNone) {
+        p *= load(kernel + v * kLanes);
+        store(state + v * kLanes, p);
+      }
+      sums[v] += s.weight[i] * p;
+    }
   }
   for (int v = 0; v < V; ++v) {
-    delta[v] = load(s.target_y + j0 + v * kLanes) / delta[v];
-    store(s.delta + j0 + v * kLanes, delta[v]);
+    right[v] = load(s.target_y + j0 + v * kLanes) / sums[v];
+    store(s.right + j0 + v * kLanes, right[v]);
   }
-  for (int64_t i = 0; i < s.m; ++i) {
-    float* state = s.state + i * s.ld + j0;
-    const float* kernel = s.kernel + i * s.ld + j0;
+  state = s.state + j0 * s.m;
+  for (int64_t i = 0; i < s.m; ++i, state += V * kLanes) {
     Vec row_sum = load(s.row_sums + i * kLanes);
-    for (int v = 0; v < V; ++v) {
-      Vec q = load(state + v * kLanes) * delta[v];
-      row_sum += q;
-      if constexpr (update == Update::kNone) continue;
-      q *= s.scale[i];
-      if constexpr (update == Update::kStep) q *= load(kernel + v * kLanes);
-      store(state + v * kLanes, q);
-    }
+    for (int v = 0; v < V; ++v) row_sum += load(state + v * kLanes) * right[v];
     store(s.row_sums + i * kLanes, row_sum);
   }
 }
 
+// Blocks from the last to the first if `backward`: what a sweep touched last is in L1 still, so
+// sweeps that alternate find much of their matrices there.
 template <Update update>
-VLPFAST_INLINE void sweep(const Scaling& s) {
-  for (int64_t i = 0; i < padded(s.m); i += kLanes) {
-    store(s.weight + i, load(s.scale + i) * load(s.sigma + i));
-  }
+VLPFAST_INLINE void sweep(const Scaling& s, bool backward) {
   for (int64_t i = 0; i < s.m; ++i) store(s.row_sums + i * kLanes, Vec{});
-  int64_t j = 0;
-  // 4 vectors at a time: enough sums in flight to hide their latency.
-  for (; j + 4 * kLanes <= s.ld; j += 4 * kLanes) sweep_columns<4, update>(s, j);
-  if (j + 2 * kLanes <= s.ld) sweep_columns<2, update>(s, j), j += 2 * kLanes;
-  if (j < s.ld) sweep_columns<1, update>(s, j);
+  for (int64_t k = 0; k < s.num_blocks; ++k) {
+    const Block block = s.block(backward ? s.num_blocks - 1 - k : k);
+    switch ((block.end - block.begin) / kLanes) {
+      case 1: sweep_block<1, update>(s, block.begin); break;
+      case 2: sweep_block<2, update>(s, block.begin); break;
+      case 3: sweep_block<3, update>(s, block.begin); break;
+      default: sweep_block<kBlock, update>(s, block.begin);
+    }
+  }
   for (int64_t i = 0; i < padded(s.m); i += kLanes) {
     Vec sums[kLanes];
     for (int k = 0; k < kLanes; ++k) sums[k] = load(s.row_sums + (i + k) * kLanes);
-    store(s.sigma + i, load(s.target_x + i) / (load(s.scale + i) * sums_of(sums)));
+    store(s.left + i, load(s.target_x + i) / sums_of(sums));
   }
 }
 
-// Whether no sigma differs from `before` by more than a factor of `ratio`; a NaN never settles.
-VLPFAST_INLINE bool settled(const Scaling& s, const float* before, float ratio) {
+// Sweeps on one P: the weights are the last left.
+VLPFAST_INLINE void keep_left(const Scaling& s) {
+  for (int64_t i = 0; i < padded(s.m); i += kLanes) store(s.weight + i, load(s.left + i));
+}
+
+// A step of IPOT ended: the next begins with this one's sigma, on a P that left is a factor of.
+VLPFAST_INLINE void keep_sigma(const Scaling& s) {
+  for (int64_t i = 0; i < padded(s.m); i += kLanes) {
+    const Vec left = load(s.left + i), sigma = left * load(s.inverse + i);
+    store(s.sigma_before + i, load(s.sigma + i));
+    store(s.sigma + i, sigma);
+    store(s.weight + i, left * sigma);
+    store(s.inverse + i, 1.0f / left);
+  }
+}
+
+// The same where left and right have gone into P.
+VLPFAST_INLINE void forget_factors(const Scaling& s) {
+  for (int64_t i = 0; i < padded(s.m); i += kLanes) {
+    store(s.weight + i, load(s.sigma + i));
+    store(s.inverse + i, all(1.0f));
+  }
+}
+
+// Whether none of `size` factors differs from the one before by more than `ratio`; NaN never settles.
+VLPFAST_INLINE bool settled(const float* factors, const float* before, int64_t size, float ratio) {
   bool still = true;
-  for (int64_t i = 0; i < s.m; ++i) {
-    still &= s.sigma[i] <= before[i] * ratio && before[i] <= s.sigma[i] * ratio;
+  for (int64_t i = 0; i < size; ++i) {
+    still &= factors[i] <= before[i] * ratio && before[i] <= factors[i] * ratio;
   }
   return still;
 }
 
-// kernel = exp((matrix - origin) / unit) and state = factor * kernel, 0 on padding. Exponents to
-// more than fp32, since IPOT raises the kernel to the power of its steps.
-VLPFAST_INLINE void exponentiate(const Scaling& s, const float* matrix, double origin, double unit,
-                                 float factor) {
-  const double inverse = 1 / unit;
-  for (int64_t i = 0; i < s.m; ++i) {
-    const float* row = matrix + i * s.ld;
-    float *high = s.kernel + i * s.ld, *low = s.state + i * s.ld;
-    for (int64_t j = 0; j < s.ld; j += kLanes / 2) {
-      const DoubleVec exact = (load_doubles(row + j) - origin) * inverse;
-      const HalfVec rounded = to_floats(exact);
-      store(high + j, rounded);
-      store(low + j, to_floats(exact - __builtin_convertvector(rounded, DoubleVec)));
-    }
-    for (int64_t j = 0; j < s.ld; j += kLanes) {
-      Vec value = exp(load(high + j), load(low + j));
-      value = load(s.outside + j) > 0.0f ? Vec{} : value;
-      store(high + j, value);
-      store(low + j, factor * value);
-    }
-  }
+// The plan times 1 / factor, in the kernel's place: (m, ld), rows after rows.
+VLPFAST_INLINE float* scaled_plan(const Scaling& s, float factor) {
+  each_vector(s, [&](int64_t i, int64_t j, int64_t at) {
+    store(s.kernel + i * s.ld + j, s.left[i] * factor * load(s.state + at) * load(s.right + j));
+  });
+  return s.kernel;
 }
 
-// The sigma that ended a step goes into the next.
-VLPFAST_INLINE void keep_sigma(const Scaling& s) {
-  for (int64_t i = 0; i < padded(s.m); i += kLanes) store(s.scale + i, load(s.sigma + i));
+// A = exp((matrix - origin) / unit) and P = factor * A, 0 on padding. Exponents to more than fp32,
+// since IPOT raises A to the power of its steps: the difference is exact with its error, and 12
+// bits of it times 12 of 1 / unit are exact in fp32.
+VLPFAST_INLINE void exponentiate(const Scaling& s, const float* matrix, float origin, double unit,
+                                 float factor) {
+  const auto head = [](auto x) { return std::bit_cast<decltype(x)>(
+      std::bit_cast<std::conditional_t<sizeof(x) == 4, int32_t, IntVec>>(x) & ~0xFFF); };
+  const double inverse = 1 / unit;
+  const float high = head(static_cast<float>(inverse)), low = static_cast<float>(inverse - high);
+  each_vector(s, [&](int64_t i, int64_t j, int64_t at) {
+    const Vec x = load(matrix + i * s.ld + j), difference = x - origin, back = difference - x;
+    const Vec error = (x - (difference - back)) - (origin + back), top = head(difference);
+    const Vec rest = (difference - top + error) * (high + low) + top * low;
+    Vec value = exp(top * high, rest);
+    value = load(s.outside + j) > 0.0f ? Vec{} : value;
+    store(s.kernel + at, value);
+    store(s.state + at, factor * value);
+  });
 }
 
 }  // namespace vlpfast::VLPFAST_NAMESPACE

@@ -32,37 +32,32 @@ VLPFAST_INLINE bool fits_scaling(const Workspace& w, const Marginals& given,
          weights.high <= kScalingWeights * weights.low;
 }
 
-// sigma = a exp((f - top) / eps), delta = b exp((g + top + highest S) / eps): all near 1 at best.
+// left = a exp((f - top) / eps), right = b exp((g + top + highest S) / eps): all near 1 at best.
 VLPFAST_INLINE Solved sinkhorn_scaling(Workspace& w, const Marginals& given,
                                        const SinkhornOptions& o, double highest, double top) {
   Scaling& s = w.scaling;
   const int64_t m = w.rows.size(), n = w.columns.size();
   begin_scaling(s, m, n, [&](int64_t i) { return given.a[w.rows.index[i]]; },
                 [&](int64_t j) { return given.b[w.columns.index[j]]; });
-  for (int64_t i = 0; i < padded(m); ++i) {
-    s.scale[i] = 1;
-    const double f = i < m ? given.start(w.rows.index[i]) : top;
-    s.sigma[i] = s.target_x[i] * static_cast<float>(std::exp((f - top) / o.eps));
+  for (int64_t i = 0; i < m; ++i) {
+    const double f = given.start(w.rows.index[i]);
+    s.left[i] = s.target_x[i] * static_cast<float>(std::exp((f - top) / o.eps));
   }
-  exponentiate(s, w.similarity, highest, o.eps, 1.0f);
+  exponentiate(s, w.similarity, static_cast<float>(highest), o.eps, 1.0f);
   const float ratio = static_cast<float>(std::exp(o.tol / o.eps));
   int64_t t = 0;
   for (bool stop = false; t < o.iters && !stop; ++t) {
-    sweep<Update::kNone>(s);
-    // The sweep's weights are the sigma it began with.
-    stop = o.tol >= 0 && settled(s, s.weight, ratio);
+    keep_left(s);
+    sweep<Update::kNone>(s, t % 2 == 1);
+    stop = o.tol >= 0 && settled(s.left, s.weight, m, ratio);
   }
   for (int64_t i = 0; i < m; ++i) {
-    w.f[i] = o.eps * std::log(double{s.sigma[i]} / s.target_x[i]) + top;
-    float* row = s.state + i * s.ld;
-    for (int64_t j = 0; j < s.ld; j += kLanes) {
-      store(row + j, s.sigma[i] * load(row + j) * load(s.delta + j));
-    }
+    w.f[i] = o.eps * std::log(double{s.left[i]} / s.target_x[i]) + top;
   }
   for (int64_t j = 0; j < n; ++j) {
-    w.g[j] = o.eps * std::log(double{s.delta[j]} / s.target_y[j]) - highest - top;
+    w.g[j] = o.eps * std::log(double{s.right[j]} / s.target_y[j]) - highest - top;
   }
-  return {s.state, t};
+  return {scaled_plan(s, 1), t};
 }
 
 VLPFAST_INLINE Solved sinkhorn_log(Workspace& w, const Marginals& given,

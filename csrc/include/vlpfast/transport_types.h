@@ -141,6 +141,8 @@ struct Valid {
     }
   }
   int64_t size() const { return static_cast<int64_t>(index.size()); }
+  // Whether there is no hole between the first and the last.
+  bool contiguous() const { return size() > 0 && index.back() - index.front() + 1 == size(); }
 };
 
 }  // namespace vlpfast

@@ -52,22 +52,33 @@ VLPFAST_INLINE Range similarities(const Workspace& w) {
   return range;
 }
 
+// to[j] = sign * from[index_j] on every valid column.
+VLPFAST_INLINE void gather_row(const Valid& columns, const float* from, float sign, float* to) {
+  const int64_t n = columns.size();
+  const int32_t* index = columns.index.data();
+  if (columns.contiguous()) {
+    from += index[0];
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) store(to + j, sign * load(from + j));
+    for (; j < n; ++j) to[j] = sign * from[j];
+  } else {
+    for (int64_t j = 0; j < n; ++j) to[j] = sign * from[index[j]];
+  }
+}
+
 VLPFAST_INLINE void gather_cost(Workspace& w, const float* cost, int64_t num_targets) {
   const int64_t m = w.rows.size(), n = w.columns.size(), ld = padded(n);
   for (int64_t i = 0; i < m; ++i) {
-    const float* from = cost + w.rows.index[i] * num_targets;
     float* to = w.similarity + i * ld;
-    for (int64_t j = 0; j < n; ++j) to[j] = -from[w.columns.index[j]];
+    gather_row(w.columns, cost + w.rows.index[i] * num_targets, -1, to);
     std::fill(to + n, to + ld, to[0]);  // no extreme of the problem
   }
 }
 
 VLPFAST_INLINE void gather_plan(Workspace& w, const float* plan, int64_t num_targets) {
-  const int64_t m = w.rows.size(), n = w.columns.size(), ld = padded(n);
+  const int64_t m = w.rows.size(), ld = padded(w.columns.size());
   for (int64_t i = 0; i < m; ++i) {
-    const float* from = plan + w.rows.index[i] * num_targets;
-    float* to = w.similarity + i * ld;
-    for (int64_t j = 0; j < n; ++j) to[j] = from[w.columns.index[j]];
+    gather_row(w.columns, plan + w.rows.index[i] * num_targets, 1, w.similarity + i * ld);
   }
 }
 
@@ -99,8 +110,8 @@ VLPFAST_INLINE void scatter_plan(const Workspace& w, const float* from, int64_t 
   if (m < M || n < N) std::fill(to, to + M * N, 0.0f);
   for (int64_t i = 0; i < m; ++i) {
     float* row = to + w.rows.index[i] * N;
-    if (n == N) {
-      std::copy(from + i * ld, from + i * ld + n, row);
+    if (w.columns.contiguous()) {
+      std::copy(from + i * ld, from + i * ld + n, row + w.columns.index[0]);
     } else {
       for (int64_t j = 0; j < n; ++j) row[w.columns.index[j]] = from[i * ld + j];
     }
