@@ -1,8 +1,8 @@
 // Matrix scaling in fp32: IPOT at beta >= 0.1 and balanced Sinkhorn with moderate exponents.
 // Included by each_target.h; no include guard.
 //
-// Both keep a matrix P and factors of its rows and columns, so that the plan is left_i P_ij right_j,
-// and one sweep makes the factors new from weights w of the rows:
+// Both keep a matrix P and factors of its rows and columns: the plan is left_i P_ij right_j. One
+// sweep makes the factors new from weights w of the rows:
 //     right_j = b_j / sum_i P_ij w_i,    left_i = a_i / sum_j P_ij right_j
 // a few columns at a time, so that the second half finds them in L1. Sinkhorn's P is its kernel and
 // its weights the last left. IPOT's P is multiplied by the kernel A each step, in the first half of
@@ -188,7 +188,7 @@ VLPFAST_INLINE void forget_factors(const Scaling& s) {
   }
 }
 
-// Whether none of `size` factors differs from the one before by more than `ratio`; NaN never settles.
+// Whether none of `size` factors differs from before by more than `ratio`; a NaN never settles.
 VLPFAST_INLINE bool settled(const float* factors, const float* before, int64_t size, float ratio) {
   bool still = true;
   for (int64_t i = 0; i < size; ++i) {
@@ -197,7 +197,7 @@ VLPFAST_INLINE bool settled(const float* factors, const float* before, int64_t s
   return still;
 }
 
-// The plan times 1 / factor, in the kernel's place: (m, ld), rows after rows.
+// factor * left P right, (m, ld), in the kernel's place.
 VLPFAST_INLINE float* scaled_plan(const Scaling& s, float factor) {
   each_vector(s, [&](int64_t i, int64_t j, int64_t at) {
     store(s.kernel + i * s.ld + j, s.left[i] * factor * load(s.state + at) * load(s.right + j));
@@ -210,10 +210,10 @@ VLPFAST_INLINE float* scaled_plan(const Scaling& s, float factor) {
 // bits of it times 12 of 1 / unit are exact in fp32.
 VLPFAST_INLINE void exponentiate(const Scaling& s, const float* matrix, float origin, double unit,
                                  float factor) {
-  const auto head = [](auto x) { return std::bit_cast<decltype(x)>(
-      std::bit_cast<std::conditional_t<sizeof(x) == 4, int32_t, IntVec>>(x) & ~0xFFF); };
+  const auto head = [](Vec x) { return (Vec)((IntVec)x & ~0xFFF); };
   const double inverse = 1 / unit;
-  const float high = head(static_cast<float>(inverse)), low = static_cast<float>(inverse - high);
+  const Vec high = head(all(static_cast<float>(inverse)));
+  const Vec low = all(static_cast<float>(inverse - high[0]));
   each_vector(s, [&](int64_t i, int64_t j, int64_t at) {
     const Vec x = load(matrix + i * s.ld + j), difference = x - origin, back = difference - x;
     const Vec error = (x - (difference - back)) - (origin + back), top = head(difference);
