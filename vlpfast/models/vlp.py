@@ -256,8 +256,7 @@ class VLPModel(Heads):
             cache: keys of the tokens so far, of R texts; the caller advances it.
             seed: keys dropout in training.
         """
-        if "a text decoder" not in self.config.parts:
-            raise ValueError(missing(self.config.preset, "a text decoder"))
+        self._need_decoder()
         if self.config.fusion.kind == "seq2seq":
             return decode_after_source(
                 self.text, self.fusion, text, keys, kv_index, prompt, tokens, cache, seed
@@ -312,7 +311,7 @@ class VLPModel(Heads):
         banned = (*options.pop("banned", ()), *self.config.text.task_ids)
         options.setdefault("allowed", (0, self.config.text.vocab_size))
         search = SearchOptions(start_id, end_id, max_tokens, banned=banned, **options)
-        self._need(self.lm_head, "a text decoder")
+        self._need_decoder()
         if max_tokens > self.config.text.context_length:
             raise ValueError(
                 f"max_tokens must be <= text.context_length {self.config.text.context_length}, "
@@ -336,6 +335,10 @@ class VLPModel(Heads):
         # The first of the two is a start token, whichever it is.
         text = Ragged.from_dense(torch.stack([words.new_zeros(len(words)), words], 1))
         return self.fusion.encode_text(self.text(text), kind=Kind.WORD)
+
+    def _need_decoder(self) -> None:
+        if "a text decoder" not in self.config.parts:
+            raise ValueError(missing(self.config.preset, "a text decoder"))
 
     def _embedded(self, text: Ragged, task_id: int, start: int = 0) -> Ragged:
         """Embedded tokens of `text`, whose sequences go on at position `start`; at position 0
