@@ -156,9 +156,10 @@ def test_what_is_written_after_a_prompt_is_kept_or_computed_anew(kind, beams):
 def test_the_model_writes_what_the_search_finds(kind):
     ours = model(kind)
     options = {"start_id": 1, "end_id": 2, "max_tokens": 5}
-    found = ours.generate(images(), **options)
+    pixels = images()
+    found = ours.generate(pixels, **options)
     search = SearchOptions(**options, banned=ours.config.text.task_ids)
-    expected = generate(ours, image_keys(ours, images()), 2, search)
+    expected = generate(ours, image_keys(ours, pixels), 2, search)
     assert found.text.values.tolist() == expected.text.values.tolist()
     torch.testing.assert_close(found.scores, expected.scores)
 
