@@ -43,7 +43,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 350) -> RunConfig:
+def scenes(*, steps: int = 1150) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data: minutes on one core."""
     config = compact("tiny")
     parts = _pretraining("tiny", context_length=64, vocab_size=512)
