@@ -4,8 +4,8 @@ token of one vocabulary.
 
 from __future__ import annotations
 
-from vlpfast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
-from vlpfast.models.presets.sizes import compact
+from vlpfast.models.config import ModelConfig
+from vlpfast.models.presets.sizes import IMAGENET, SHAPES, build
 
 
 def pali(size: str) -> ModelConfig:
@@ -23,29 +23,16 @@ def pali(size: str) -> ModelConfig:
     Source: Chen et al. 2022, arXiv:2209.06794, sections 3.1 and 3.2; Xue et al. 2020 (mT5),
         arXiv:2010.11934.
     """
-    base = size == "base"
-    if base:
-        shape, image_size, patch_size = {"dim": 768, "heads": 12}, 224, 16
-        vision = depth = 12
-    else:
-        shape, image_size, patch_size, (vision, depth, _) = compact(size)
-    return ModelConfig(
+    shape = SHAPES[size]
+    return build(
         "pali",
         size,
-        image_size=image_size,
-        embed_dim=0,
-        vision=VisionConfig(
-            **shape, depth=vision, patch_size=patch_size, class_token=False, pool="mean"
-        ),
-        text=TextConfig(
-            **shape,
-            depth=0,
-            vocab_size=250_112 if base else 4096,
-            context_length=512 if base else 77,
-        ),
-        fusion=FusionConfig(**shape, depth=depth, kind="seq2seq", causal=True),
+        (shape.vision, 0, 12 if size == "base" else shape.text),
+        vision={"class_token": False, "pool": "mean"},
+        fusion={"kind": "seq2seq", "causal": True},
         lm_head="linear",
         match_head=False,
+        base={"text": {"vocab_size": 250_112, "context_length": 512}},
     )
 
 
@@ -67,30 +54,19 @@ def unified_io(size: str) -> ModelConfig:
     Source: Lu et al. 2022, arXiv:2206.08916; allenai/unified-io-inference uio/configs.py,
         uio/network.py.
     """
-    base = size == "base"
-    if base:
-        shape, image_size, patch_size, depth = {"dim": 768, "heads": 12}, 384, 16, 12
-    else:
-        shape, image_size, patch_size, (_, text_depth, fusion_depth) = compact(size)
-        depth = text_depth + fusion_depth
-    tokens = {**shape, "depth": 0, "embed_norm": True}
-    return ModelConfig(
+    shape, embed = SHAPES[size], {"embed_norm": True}
+    return build(
         "unified-io",
         size,
-        image_size=image_size,
-        embed_dim=0,
-        vision=VisionConfig(
-            **tokens, patch_size=patch_size, position_scale=100.0, class_token=False, pool="mean"
-        ),
-        text=TextConfig(
-            **tokens,
-            vocab_size=33_152 if base else 4096,
-            context_length=258 if base else 80,
-            image_codes=16_384 if base else 256,
-        ),
-        fusion=FusionConfig(**shape, depth=depth, kind="seq2seq", causal=True, modality_types=True),
+        (0, 0, shape.text + shape.fusion),
+        vision={"position_scale": 100.0, "class_token": False, "pool": "mean"} | embed,
+        text={"context_length": 80, "image_codes": 256} | embed,
+        fusion={"kind": "seq2seq", "causal": True, "modality_types": True},
         lm_head="table",
         match_head=False,
-        image_mean=(0.485, 0.456, 0.406),
-        image_std=(0.229, 0.224, 0.225),
+        base={
+            "image_size": 384,
+            "text": {"vocab_size": 33_152, "context_length": 258, "image_codes": 16_384},
+        },
+        **IMAGENET,
     )

@@ -71,10 +71,3 @@ def build(
             common = {"dim": shape.dim, "heads": shape.heads, "depth": depth}
             fields[name] = kind(**common | own | published.get(name, {}))
     return ModelConfig(preset, size, **fields)
-
-
-def compact(size: str) -> tuple[dict, int, int, tuple[int, int, int]]:
-    """Width and heads, image side, patch side, depths of vision, text and fusion."""
-    shape = SHAPES[size]
-    width = {"dim": shape.dim, "heads": shape.heads}
-    return width, shape.image_size, shape.patch_size, (shape.vision, shape.text, shape.fusion)
