@@ -70,11 +70,16 @@ class Ragged:
 
     @classmethod
     def join(cls, first: Ragged, second: Ragged, rows: Tensor | None = None) -> Joined:
-        """R sequences: sequence r of `first`, then `rows[r]` (R,) int64 of `second`; None: r."""
-        size = len(first)
+        """R sequences: sequence r of `first`, then `rows[r]` (R,) int64 of `second`; None: r.
+
+        With `rows` the device is asked how many tokens these are, without it nothing is.
+        """
+        size, both = len(first), cls.cat([first, second])
         own = torch.arange(size, device=first.cu_seqlens.device)
         order = torch.stack([own, size + (own if rows is None else rows)], 1).flatten()
-        return Joined(cls.cat([first, second]).select(order), (first.max_len, second.max_len))
+        pieces = both.select(order, both.values.shape[0] if rows is None else None)
+        totals = first.values.shape[0], pieces.values.shape[0] - first.values.shape[0]
+        return Joined(pieces, (first.max_len, second.max_len), totals)
 
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1
@@ -146,9 +151,11 @@ class Ragged:
         shift = shift.repeat_interleave(lens, output_size=total)
         return torch.arange(shift.shape[0], device=shift.device) + shift, cu_seqlens
 
-    def select(self, rows: Tensor) -> Ragged:
-        """Sequences `rows` (R,) int64, in that order; a sequence may be taken several times."""
-        token_ids, cu_seqlens = self.token_ids_of(rows)
+    def select(self, rows: Tensor, total: int | None = None) -> Ragged:
+        """Sequences `rows` (R,) int64, in that order; a sequence may be taken several times.
+        `total` as in `token_ids_of`.
+        """
+        token_ids, cu_seqlens = self.token_ids_of(rows, total)
         return Ragged(self.values[token_ids], cu_seqlens, self.max_len)
 
     def pad(self, value: float = 0) -> tuple[Tensor, Tensor]:
@@ -161,11 +168,12 @@ class Ragged:
 
 class Joined(NamedTuple):
     """What `Ragged.join` made: pieces, 2 R sequences of which 2 r and 2 r + 1 are the two parts of
-    one; max_lens, bounds of the parts' lengths.
+    one; max_lens, bounds of the parts' lengths; totals, how many tokens they are.
     """
 
     pieces: Ragged
     max_lens: tuple[int, int]
+    totals: tuple[int, int]
 
     @property
     def whole(self) -> Ragged:
@@ -177,11 +185,12 @@ class Joined(NamedTuple):
     def part(self, number: int, values: Tensor | None = None) -> Ragged:
         """The first (0) or the second (1) part of each sequence, of other `values` (T, ...)."""
         pieces = self.pieces if values is None else self.pieces.with_values(values)
-        return replace(pieces.select(self._rows(number)), max_len=self.max_lens[number])
+        part = pieces.select(self._rows(number), self.totals[number])
+        return replace(part, max_len=self.max_lens[number])
 
     def token_ids(self, number: int) -> Tensor:
         """Packed indices of the tokens of those parts."""
-        return self.pieces.token_ids_of(self._rows(number))[0]
+        return self.pieces.token_ids_of(self._rows(number), self.totals[number])[0]
 
     def _rows(self, number: int) -> Tensor:
         size, device = len(self.pieces), self.pieces.cu_seqlens.device

@@ -185,6 +185,9 @@ def test_labels_that_are_missing_are_named():
     step, batch = all_step()
     with pytest.raises(ValueError, match=r"objectives\.qa needs questions .*set data\.tasks"):
         step(replace(batch, answer_ids=None), seed=0, step=0)
+    fewer = replace(batch.masked_regions, attributes=batch.masked_regions.attributes[:, :5])
+    with pytest.raises(ValueError, match=r"attributes must have .*region_attributes 6 .* got 5"):
+        step(replace(batch, masked_regions=fewer), seed=0, step=0)
     bare = replace(batch.masked_regions, attributes=None)
     with pytest.raises(ValueError, match=r"objectives\.mra needs .*attributes\.npy"):
         step(replace(batch, masked_regions=bare), seed=0, step=0)

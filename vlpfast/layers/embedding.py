@@ -155,11 +155,8 @@ class PatchEmbedding(nn.Module):
         patches = patches + bilinear_positions(self.position[1:], place, grid)
         first = (self.class_token + self.position[0]).to(patches.dtype).expand(size, -1)
         one_each = torch.arange(size + 1, dtype=torch.int32, device=device)
-        both = Ragged.cat([Ragged(first, one_each, 1), Ragged(patches, cu_seqlens, longest)])
-        pieces = torch.arange(2 * size, device=device).unflatten(0, (2, size)).mT.flatten()
-        tokens, bounds = both.token_ids_of(pieces, total + size)
-        # Every other offset: a class token and its patches are one sequence.
-        return Ragged(both.values[tokens], bounds[::2].contiguous(), longest + 1)
+        own = Ragged(patches, cu_seqlens, longest)
+        return Ragged.join(Ragged(first, one_each, 1), own).whole
 
 
 class TokenEmbedding(nn.Module):

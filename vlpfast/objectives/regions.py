@@ -55,6 +55,12 @@ def mra(passes: Passes) -> Loss:
             "objectives.mra needs the detector's distributions of attributes (attributes.npy), "
             "and the regions have none"
         )
+    expected = passes.model.config.vision.region_attributes
+    if attributes.shape[1] != expected:
+        raise ValueError(
+            f"regions.attributes must have model.vision.region_attributes {expected} columns, none "
+            f"among them, got {attributes.shape[1]}"
+        )
     return _by_confidence(passes, passes.model.attribute_logits, attributes)
 
 
@@ -218,8 +224,7 @@ def _foreground(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if lacking not in (0, 1):
         raise ValueError(
             f"regions.labels must have {logits.shape[1]} classes, or one more of background, "
-            f"got {labels.shape[1]}: set model.vision.region_classes (for regions.attributes, "
-            "model.vision.region_attributes) to the detector's"
+            f"got {labels.shape[1]}: set model.vision.region_classes to the detector's"
         )
     confidence, target = labels[:, BACKGROUND + 1 :].float().max(1)
     return confidence, target + BACKGROUND + 1 - lacking
