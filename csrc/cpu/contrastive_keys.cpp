@@ -1,5 +1,5 @@
-// Softmax contrastive loss against keys without a gradient, on the CPU: checks, memory, threads and the
-// order in which segments are merged. vlpfast/contrastive_keys.h walks.
+// Softmax contrastive loss against keys without a gradient, on the CPU: checks, memory, threads and
+// the order in which segments are merged. vlpfast/contrastive_keys.h walks.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -139,8 +139,9 @@ void contrastive_keys_stats_cpu(
     std::fill_n(start.max, size, -kInfinity);
     std::fill_n(start.teacher_max, size, -kInfinity);
   }
-  on_all_threads(walk.num_tasks(),
-                 [&](auto& next) { VLPFAST_ON_WIDEST_FOR(walk.is_bf16, look_at_keys(walk, next)); });
+  on_all_threads(walk.num_tasks(), [&](auto& next) {
+    VLPFAST_ON_WIDEST_FOR(walk.is_bf16, look_at_keys(walk, next));
+  });
   merge_segments(walk, false, own);
   if (walk.teacher) merge_segments(walk, true, its);
   for (int64_t t = 0; t < walk.num_segments(); ++t) {
@@ -185,8 +186,9 @@ void contrastive_keys_grad_cpu(
   std::vector<float> dots(segments * size), grads(grad ? segments * M * walk.ld() : 0);
   walk.dots = dots.data();
   walk.grads = grad ? grads.data() : nullptr;
-  on_all_threads(walk.num_tasks(),
-                 [&](auto& next) { VLPFAST_ON_WIDEST_FOR(walk.is_bf16, differentiate_keys(walk, next)); });
+  on_all_threads(walk.num_tasks(), [&](auto& next) {
+    VLPFAST_ON_WIDEST_FOR(walk.is_bf16, differentiate_keys(walk, next));
+  });
   for (int64_t t = 0; t < segments; ++t) {
     for (int64_t row = 0; row < M; ++row) total[row] += dots[t * size + row];
   }

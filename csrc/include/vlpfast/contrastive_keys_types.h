@@ -16,8 +16,8 @@ constexpr int64_t kLaneStep = 16;
 // A chunk of keys, its similarities and a panel stay in a core's second cache. Even, for pairs, and
 // whole tiles of six.
 constexpr int64_t kChunkKeys = 192;
-// Segments times panels. Many queries need few segments, each of which has gradients of its own; and
-// neither depends on threads, so results do not.
+// Segments times panels. Many queries need few segments, each of which has gradients of its own;
+// and neither depends on threads, so results do not.
 constexpr int64_t kMostTasks = 32;
 
 inline int64_t to_lanes(int64_t n) { return (n + kLaneStep - 1) / kLaneStep * kLaneStep; }

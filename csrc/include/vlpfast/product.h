@@ -1,6 +1,7 @@
-// Small matrix products, summed in fp32, for tiles that lie in the caches. Included by each_target.h,
-// after vec.h; no include guard. Where VLPFAST_BF16_PAIRS is defined (by who targets AVX512-BF16),
-// factors may also be uint32_t: two bf16 of neighbouring k, the earlier one in the low half.
+// Small matrix products, summed in fp32, for tiles that lie in the caches. Included by
+// each_target.h, after vec.h; no include guard. Where VLPFAST_BF16_PAIRS is defined (by who targets
+// AVX512-BF16), factors may also be uint32_t: two bf16 of neighbouring k, the earlier one in the
+// low half.
 
 namespace vlpfast::VLPFAST_NAMESPACE {
 
