@@ -126,19 +126,22 @@ def test_lmdb_becomes_a_table(tmp_path, source, compressed):
 
 
 def test_what_is_missing_or_broken_is_named_and_left_out(tmp_path, source):
-    good = [tsv_line(n, f"{n}", lxmert=False) for n in (0, 3)]
     cells = tsv_line(2, "2", lxmert=False).split("\t")
     cut = "\t".join([*cells[:-1], cells[-1].rstrip("\n")[:-8] + "\n"])
-    (tmp_path / "regions.tsv").write_text("".join([good[0], cut, good[1]]))
+    name, width, *others = tsv_line(3, "3", lxmert=False).split("\t")
+    flat = "\t".join([name, width, "wide", *others[1:]])
+    lines = [tsv_line(0, "0", lxmert=False), cut, flat]
+    (tmp_path / "regions.tsv").write_text("".join(lines))
     table, summary = table_of(source, RegionTsv([tmp_path / "regions.tsv"], progress=False))
-    assert summary["num_without"] == 2
+    assert summary["num_without"] == 3
     assert summary["without"]["1.png"] == "the files do not have '1'"
     assert "features: not base64 of 3 rows" in summary["without"]["2.png"]
-    assert np.diff(table.offsets).tolist() == [1, 0, 0, 4]
+    assert summary["without"]["3.png"] == "height: expected a number > 0, got b'wide'"
+    assert np.diff(table.offsets).tolist() == [1, 0, 0, 0]
     written = source.with_name(source.name + ".regions") / "without.json"
     assert json.loads(written.read_text()) == summary["without"]
     index = open_index(DataConfig(path=str(source), regions="files"))
-    assert [index.name(i) for i in range(len(index))] == ["0.png", "3.png"]
+    assert [index.name(i) for i in range(len(index))] == ["0.png"]
 
 
 def test_images_of_other_widths_are_left_out(tmp_path, source):

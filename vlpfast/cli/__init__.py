@@ -23,6 +23,7 @@ commands:
   eval RUN                 evaluate a run on a task; prints a table or JSON
   data make scenes OUT     write the embedded data set
   data pack INPUT OUT      turn a table of images and captions into tar shards
+  data regions INPUT FILES give a data set's images a detector's regions
   data check PATH          count a data set's samples and name the corrupt ones
   env                      print versions and which op runs by which implementation here
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vlpfast.data.prompts import LOCATED, TASKS
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -143,15 +145,14 @@ class DataConfig:
                 raise ValueError(f"where must be 'field=value', got {condition!r}")
 
     def _check_tasks(self) -> None:
-        known = ("caption", "vqa", "entailment", "box", "region", "image")
-        if unknown := set(self.tasks) - set(known):
-            names = f"{', '.join(known[:-1])} or {known[-1]}"
-            raise ValueError(f"tasks must be {names}, got {sorted(unknown)}")
+        if unknown := set(self.tasks) - set(TASKS):
+            *others, last = TASKS
+            raise ValueError(f"tasks must be {', '.join(others)} or {last}, got {sorted(unknown)}")
         if self.answers and not set(self.tasks) - {"caption"}:
             raise ValueError(f"answers needs tasks that ask (vqa, entailment), got {self.tasks}")
         if self.locations < 0 or self.locations == 1:
             raise ValueError(f"locations must be 0 or >= 2, got {self.locations}")
-        located = sorted({"box", "region"} & set(self.tasks))
+        located = sorted(set(LOCATED) & set(self.tasks))
         if located and not self.locations:
             raise ValueError(f"tasks {located} need location tokens: set locations (1000)")
         if located and (self.hflip or self.zoom_out > 1):

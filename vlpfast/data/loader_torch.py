@@ -205,17 +205,13 @@ class TorchLoader:
             return place
         return torch.where(fitting > 0, places[place.clamp(max=len(places) - 1)], place)
 
-    def _text(self, draws: Draws) -> Ragged:
-        """Packed tokens of the drawn captions."""
+    def _texts(self, draws: Draws) -> tuple[Ragged, dict[str, Ragged | Tensor | None]]:
+        """Packed tokens of the texts, and what belongs to them in a batch: prompts, or answers."""
         if (draws.captions < 0).any():
             name = self.index.name(int(draws.samples[draws.captions < 0][0]))
             raise ValueError(f"{name} has no caption: it cannot be loaded as an image-text pair")
-        return self._tokens.ragged(draws.captions)
-
-    def _texts(self, draws: Draws) -> tuple[Ragged, dict[str, Ragged | Tensor | None]]:
-        """Packed tokens of the texts, and what belongs to them in a batch: prompts, or answers."""
         if not self.config.tasks:
-            return self._text(draws), {}
+            return self._tokens.ragged(draws.captions), {}
         tasks, pairs = self._asked(draws)
         return self._questions(pairs) if self.config.answers else self._answered(tasks, pairs)
 

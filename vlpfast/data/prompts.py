@@ -6,9 +6,12 @@ with the same fields.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from vlpfast.data.index import Index
 from vlpfast.data.locations import WHOLE, Box, named_objects, spell
+
+if TYPE_CHECKING:
+    from vlpfast.data.index import Index
 
 # What is asked, of which field of a record, and the answer; "caption" and "image" are of captions.
 # What answers "image" are the image's codes, which a tokenizer of images gives.

@@ -14,7 +14,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -68,11 +68,8 @@ class RegionTsv:
         files = np.repeat(np.arange(len(found)), [len(lines) for lines in found])
         lines = np.concatenate(found)
         order = np.argsort(lines["id"], kind="stable")
-        self._ids, self._starts, self._files = (
-            lines["id"][order],
-            lines["start"][order],
-            files[order],
-        )
+        self._ids, self._starts = lines["id"][order], lines["start"][order]
+        self._files = files[order]
 
     def read(self, name: str) -> Detected:
         """The regions of image `name`.
@@ -108,7 +105,7 @@ def _scan(path: Path, progress: bool) -> Iterator[tuple[int, int]]:
 
 
 def _parse_tsv(cells: Mapping[str, bytes]) -> Detected:
-    count = int(cells["count"])
+    count = int(_number(cells, "count"))
 
     def array(name: str, width: int, dtype: type) -> np.ndarray:
         try:
@@ -117,7 +114,7 @@ def _parse_tsv(cells: Mapping[str, bytes]) -> Detected:
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"{name}: not base64 of {count} rows: {error}") from error
 
-    sides = np.array([float(cells[side]) for side in ("width", "height", "width", "height")])
+    sides = np.array([_number(cells, side) for side in ("width", "height")] * 2)
 
     def distribution(what: str, num_classes: int) -> np.ndarray | None:
         if f"{what}_id" not in cells:
@@ -138,6 +135,16 @@ def _parse_tsv(cells: Mapping[str, bytes]) -> Detected:
         distribution("objects", _NUM_OBJECTS),
         distribution("attrs", _NUM_ATTRIBUTES),
     )
+
+
+def _number(cells: Mapping[str, bytes], name: str) -> float:
+    try:
+        value = float(cells[name])
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise ValueError(f"{name}: expected a number > 0, got {cells[name][:20]!r}")
+    return value
 
 
 class RegionLmdb:
@@ -238,7 +245,7 @@ def write_regions(
     Raises:
         ValueError: a sample lacks `name_key`, no image has regions, or their widths differ.
     """
-    source = Index(index.source, index.folder, index.tables, index.strings, range(_size(index)))
+    source = replace(index, rows=range(len(index.tables["size"])))
     without: dict[str, str] = {}
     with locked(folder), atomic(folder) as temporary:
         temporary.mkdir(parents=True)
@@ -265,10 +272,6 @@ def write_regions(
         "num_without": len(without),
         "without": without,
     }
-
-
-def _size(index: Index) -> int:
-    return len(index.tables["size"])
 
 
 def _name(index: Index, i: int, key: str) -> str:

@@ -107,7 +107,7 @@ def open_regions(index: Index, kind: str) -> RegionTable | None:
     folder = index.folder / "scene_regions"
     with locked(folder):
         if folder.is_dir() and not (folder / "attributes.npy").is_file():
-            # Made by a version that wrote none.
+            # Scenes tell their objects' attributes: this table is not whole.
             shutil.rmtree(folder)
         if not folder.is_dir():
             _write_scene_regions(index, folder)

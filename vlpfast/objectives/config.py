@@ -163,8 +163,8 @@ class ObjectivesConfig:
             )
         if self.hides_patches and (self.vqkd or self.kmeans):
             raise ValueError(
-                "objectives.mim, mvm and mpp go with a trained tokenizer's run, objectives.vqkd and "
-                "kmeans train one: one after the other"
+                "objectives.mim, mvm and mpp hide patches, which a tokenizer in training "
+                "(objectives.vqkd, kmeans) must see: one after the other"
             )
         others = sorted(self.weights.keys() - TOGETHER)
         if self.masking == "together" and (others or self.momentum):

@@ -65,8 +65,9 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
         with world.main_first("the first process to index the data"):
             index = open_index(config.data)
             tokenizer = open_tokenizer(config, index, resume)
+            config = fit_answers(config, index)
         guide = Guide.open(config.objectives, world.device, draws="image" in config.data.tasks)
-        config = fit_parts(fit_answers(config, index), tokenizer, guide)
+        config = fit_parts(config, tokenizer, guide)
         seed = config.train.seed
         # Only the initial weights are drawn from the global generator.
         torch.manual_seed(seed)
