@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from tests._batches import make_batch, make_regions
 from tests.dist._run import run_distributed
+from tests.dist.test_step_dist import rows_of
 from torch import Tensor
 
 from vlpfast.data.batch import Batch
@@ -20,7 +21,17 @@ from vlpfast.models import VLPModel, preset_config
 from vlpfast.models.config import ModelConfig
 from vlpfast.objectives import ObjectivesConfig, PretrainStep, matching
 from vlpfast.ragged import Ragged
-from vlpfast.recipes import kmeans, lxmert, metalm, pali, pixel_bert, uni_perceiver, vilt, x_lxmert
+from vlpfast.recipes import (
+    kmeans,
+    lxmert,
+    metalm,
+    pali,
+    pixel_bert,
+    uni_perceiver,
+    unified_io,
+    vilt,
+    x_lxmert,
+)
 from vlpfast.train.distributed import World
 
 # As their recipes train them.
@@ -35,6 +46,7 @@ CASES = {
     "pixel-bert": pixel_bert.OBJECTIVES,
     "uni-perceiver": uni_perceiver.OBJECTIVES,
     "uni-perceiver-moe": uni_perceiver.OBJECTIVES,
+    "unified-io": unified_io.OBJECTIVES,
     # Not as its recipe: negatives of other ranks that are regions, as many as an image has.
     "uniter": ObjectivesConfig(itm=1.0, itm_negatives="hard-global"),
     "vilt": vilt.OBJECTIVES,
@@ -57,6 +69,8 @@ def model_of(preset: str) -> VLPModel:
         config = replace(config, embed_dim=16, region_heads=False)
     if config.codes:
         config = replace(config, codes=CODES)
+    if config.text.image_codes:
+        config = replace(config, text=replace(config.text, image_codes=CODES))
     vision = {"region_attributes": 5} if preset == "lxmert" else {}
     dropped = {"max_patches": PATCHES - 1} if config.vision.max_patches else {}
     torch.manual_seed(0)
@@ -76,7 +90,7 @@ def _narrow(config: ModelConfig, vision: dict) -> dict:
     return parts
 
 
-def batch_of(number: int, rank: int, world: int, *, unlike: bool = False) -> Batch:
+def batch_of(number: int, rank: int, world: int, preset: str) -> Batch:
     """Every `world`-th pair of a batch, with all that any of the objectives reads."""
     generator = torch.Generator().manual_seed(number)
     integers = lambda high, *shape: torch.randint(0, high, shape, generator=generator)
@@ -89,18 +103,10 @@ def batch_of(number: int, rank: int, world: int, *, unlike: bool = False) -> Bat
     codes, hidden = integers(CODES, ROWS, PATCHES), integers(PATCHES, ROWS, 1)
     classes = torch.tensor([2, 0, -100, 1, 2, 1])
     own = torch.arange(rank, ROWS, world)
-    tokens, _ = whole.text.token_ids_of(own)
-    text = whole.text.select(own)
     # Of ViLT alone: images of unlike sizes, in two steps of three.
     shapes = torch.tensor([[16, 16], [8, 16], [16, 16], [16, 8], [8, 8], [16, 16]])
-    return Batch(
-        images=whole.images[own],
-        text=text,
-        image_ids=whole.image_ids[own],
-        sample_ids=whole.sample_ids[own],
-        positions=whole.positions[own],
-        masked_text=text.with_values(whole.masked_text.values[tokens]),
-        mlm_labels=whole.mlm_labels[tokens],
+    share = replace(
+        rows_of(whole, rank, world),
         prompt=prompts.select(own),
         codes=codes[own],
         hidden_patches=hidden[own],
@@ -109,8 +115,22 @@ def batch_of(number: int, rank: int, world: int, *, unlike: bool = False) -> Bat
         answer_ids=torch.tensor([2, -100, 0, 1, -100, 2])[own],
         class_ids=classes[own],
         class_names=NAMES,
-        sizes=shapes[own] if unlike and number else None,
+        sizes=shapes[own] if preset == "vilt" and number else None,
     )
+    return drawing(share, number) if preset == "unified-io" else share
+
+
+def drawing(batch: Batch, number: int) -> Batch:
+    """The texts of some rows are their images' codes: of each rank one row, in step 2 all of the
+    second rank's and none of the first's.
+    """
+    places = batch.positions % 1000
+    chosen = (places % 2 == 1) if number == 2 else (places % 3 == 0)
+    texts = [batch.text.select(row).values.tolist() for row in torch.arange(len(batch))[:, None]]
+    drawn = chosen.nonzero()[:, 0]
+    for row in drawn.tolist():
+        texts[row] = [1, *(50 + batch.codes[row]).tolist(), 2]
+    return replace(batch, text=Ragged.from_lists(texts), drawn=drawn)
 
 
 def partners(batch: Batch, seed: int) -> Tensor:
@@ -130,7 +150,7 @@ def train(rank: int, world: int, preset: str) -> tuple[dict[str, Tensor], dict[s
     module = World(rank, world, torch.device("cpu")).wrap(step)
     sums: dict[str, Tensor] = {}
     for number in range(8 if config.mix else 3):
-        batch = batch_of(number, rank, world, unlike=preset == "vilt")
+        batch = batch_of(number, rank, world, preset)
         with patch.object(matching, "mixed_images", partners):
             losses = module(batch, seed=number, step=number).losses
         total = 0.0

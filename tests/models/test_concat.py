@@ -114,8 +114,7 @@ def test_vilt_base_has_the_published_size():
     assert count(model) == pytest.approx(bare + count(model.token_head, model.match_head))
 
 
-@pytest.fixture
-def pair():
+def vilt_pair():
     """A small vlpfast vilt and the ViltModel that holds the same weights."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -142,8 +141,8 @@ def pair():
 
 
 @torch.no_grad()
-def test_vilt_equals_transformers(pair):
-    ours, theirs = pair
+def test_vilt_equals_transformers():
+    ours, theirs = vilt_pair()
     texts = [[7, 5, 6, 8], [7, 8], [7, *range(10, 24), 8], [7, 3, 8]]
     images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     pixels = (images / 255 - 0.5) / 0.5
@@ -168,8 +167,8 @@ def test_vilt_equals_transformers(pair):
     assert nearest.max() < 1e-3
 
 
-def test_vilt_conversion_names_foreign_weights(pair):
-    _, theirs = pair
+def test_vilt_conversion_names_foreign_weights():
+    _, theirs = vilt_pair()
     with pytest.raises(ValueError, match="ViltModel"):
         vilt_state_dict({**theirs.state_dict(), "stranger": torch.zeros(1)})
 

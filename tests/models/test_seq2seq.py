@@ -53,8 +53,12 @@ def mix(q, k, v, visible):
 def by_brute_force(ours: VLPModel, image, prompt, text):
     """States of one text: T5's two stacks, written out."""
     tower, embedding = ours.fusion, ours.text.embedding
-    embed = lambda ids: embedding.token[ids] + embedding.position[: len(ids)]
-    source = torch.cat([embed(prompt), tower.connector(image)])
+    normed = lambda x: x if embedding.norm is None else embedding.norm(x)[0]
+    embed = lambda ids: normed(embedding.token[ids] + embedding.position[: len(ids)])
+    words, places = embed(prompt), tower.connector(image)
+    if tower.encoder.modality is not None:
+        words, places = words + tower.encoder.modality[0], places + tower.encoder.modality[1]
+    source = torch.cat([words, places])
     everything = torch.ones(len(source), len(source), dtype=torch.bool)
     for block in tower.encoder.blocks:
         q, k, v = block.attention.qkv(block.norm1(source)[0]).chunk(3, -1)

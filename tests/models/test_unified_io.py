@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.models.test_seq2seq import PROMPTS, ROWS, TEXTS, image_keys, images, mix
+from tests.models.test_seq2seq import PROMPTS, ROWS, TEXTS, by_brute_force, image_keys, images
 from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.models.generate import SearchOptions, generate
 from vlpfast.ragged import Ragged
@@ -42,30 +42,6 @@ def lively() -> VLPModel:
         torch.nn.init.normal_(ours.fusion.decoder.norm.weight)
         ours.text.embedding.token.mul_(30)
     return ours
-
-
-def by_brute_force(ours: VLPModel, image, prompt, text):
-    """States of one text from raw patches (P, D), or without them (0, D), and ids."""
-    tower, embedding = ours.fusion, ours.text.embedding
-    embed = lambda ids: embedding.norm(embedding.token[ids] + embedding.position[: len(ids)])[0]
-    words, places = embed(prompt) + tower.encoder.modality[0], image + tower.encoder.modality[1]
-    source = torch.cat([words, places])
-    everything = torch.ones(len(source), len(source), dtype=torch.bool)
-    for block in tower.encoder.blocks:
-        q, k, v = block.attention.qkv(block.norm1(source)[0]).chunk(3, -1)
-        source = source + block.attention.out(mix(q, k, v, everything))
-        source = source + block.mlp(block.norm2(source)[0])
-    kv = tower.decoder.image_kv(tower.encoder.norm(source)[0]).chunk(4, -1)
-    x = embed(text)
-    earlier = torch.ones(len(x), len(x), dtype=torch.bool).tril()
-    for number, block in enumerate(tower.decoder.blocks):
-        q, k, v = block.attention.qkv(block.norm1(x)[0]).chunk(3, -1)
-        x = x + block.attention.out(mix(q, k, v, earlier))
-        q, (k, v) = block.cross.q(block.norm_cross(x)[0]), kv[2 * number : 2 * number + 2]
-        visible = torch.ones(len(x), len(source), dtype=torch.bool)
-        x = x + block.cross.out(mix(q, k, v, visible))
-        x = x + block.mlp(block.norm2(x)[0])
-    return tower.decoder.norm(x)[0]
 
 
 def patches(ours: VLPModel, pixels):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from tests._batches import make_batch
+from tests.models.test_concat import vilt_pair
 from vlpfast.images import Images
-from vlpfast.integrations.transformers import vilt_state_dict
 from vlpfast.layers.embedding import bilinear_positions
 from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.objectives import PretrainStep
@@ -61,24 +61,7 @@ def test_positions_are_torchs(grid):
 
 @torch.no_grad()
 def test_equals_transformers():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    ours = create_model("vilt", "tiny", vocab_size=99, context_length=16, image_size=32).eval()
-    config = transformers.ViltConfig(
-        vocab_size=99,
-        type_vocab_size=2,
-        hidden_size=ours.config.fusion.dim,
-        num_hidden_layers=ours.config.fusion.depth,
-        num_attention_heads=ours.config.fusion.heads,
-        intermediate_size=4 * ours.config.fusion.dim,
-        max_position_embeddings=16,
-        image_size=32,
-        patch_size=8,
-    )
-    theirs = transformers.ViltModel(config).eval()
-    for parameter in theirs.parameters():
-        parameter.add_(0.02 * torch.randn_like(parameter))
-    ours.load_state_dict(vilt_state_dict(theirs.state_dict()), strict=False)
+    ours, theirs = vilt_pair()
     texts = [[7, 5, 6, 8], [7, 8], [7, *range(10, 24), 8], [7, 3, 8]]
     words = torch.zeros(4, 16, dtype=torch.int64)
     for row, text in zip(words, texts, strict=True):
