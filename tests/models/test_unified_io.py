@@ -16,15 +16,15 @@ from vlpfast.ragged import Ragged
 WORDS, CODES = 20, 8
 
 
-def model(depth: int = 2) -> VLPModel:
+def model(depth: int = 2, *, words: int = WORDS, codes: int = CODES) -> VLPModel:
     torch.manual_seed(0)
-    config = preset_config("unified-io", "tiny", vocab_size=WORDS, image_size=16)
+    config = preset_config("unified-io", "tiny", vocab_size=words, image_size=16)
     shape = {"dim": 32, "heads": 2}
     return VLPModel(
         replace(
             config,
             vision=replace(config.vision, **shape),
-            text=replace(config.text, **shape, image_codes=CODES),
+            text=replace(config.text, **shape, image_codes=codes),
             fusion=replace(config.fusion, **shape, depth=depth),
         )
     ).eval()

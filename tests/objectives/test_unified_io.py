@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests._batches import make_batch
+from tests.models.test_unified_io import model
 from vlpfast.data.batch import Batch
 from vlpfast.models import VLPModel, create_model, preset_config
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
@@ -18,18 +19,8 @@ CONFIG = ObjectivesConfig(itc=0.0, lm=1.0)
 DRAWN = [1, 4]
 
 
-def unified(**text: int) -> VLPModel:
-    torch.manual_seed(0)
-    config = preset_config("unified-io", "tiny", vocab_size=WORDS, image_size=16)
-    shape = {"dim": 32, "heads": 2}
-    return VLPModel(
-        replace(
-            config,
-            vision=replace(config.vision, **shape),
-            text=replace(config.text, **shape, **text),
-            fusion=replace(config.fusion, **shape, depth=1),
-        )
-    )
+def unified(codes: int = CODES) -> VLPModel:
+    return model(1, words=WORDS, codes=codes).train()
 
 
 def tokenizer(image_size: int = 16) -> VLPModel:
@@ -126,7 +117,7 @@ def test_a_step_runs_each_module_once():
 
 
 def test_the_vocabulary_becomes_that_of_the_tokenizer():
-    config = unified(image_codes=8).config
+    config = unified(8).config
     fitted = Guide(tokenizer(), True, draws=True).fit(config)
     assert fitted.text.image_codes == CODES
     assert fitted == replace(config, text=replace(config.text, image_codes=CODES))

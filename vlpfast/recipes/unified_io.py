@@ -36,7 +36,7 @@ def scenes_words(*, steps: int = 450) -> RunConfig:
     """`tiny`, 128 wide, 2 + 2 blocks, on the embedded data: minutes on one core. One checkpoint
     says where an object is, what is somewhere, writes captions (the shortest, of shapes and
     colours, from which the image is first learned), answers questions and judges sentences, as it
-    is asked. In so many steps captions have begun to read the image; boxes have not.
+    is asked. In so many steps captions and answers have begun to read the image; boxes have not.
     """
     config, model = compact("tiny"), clip.narrow(preset_config("unified-io", "tiny"))
     return replace(
