@@ -68,7 +68,10 @@ def test_images_of_unlike_sizes_train_and_resume(scenes, tmp_path):
         config = small("vilt_scenes", scenes, tmp_path / folder, 6)
         data = replace(config.data, crop_scale=(0.3, 1.0), max_aspect=2.0, size_multiple=8)
         vision = replace(config.model.vision, max_patches=50)
-        return replace(config, data=data, model=replace(config.model, vision=vision))
+        # All objectives in every step.
+        objectives = replace(config.objectives, mix=())
+        model = replace(config.model, vision=vision)
+        return replace(config, data=data, model=model, objectives=objectives)
 
     whole, again = run("whole"), run("again")
     result = train(whole)

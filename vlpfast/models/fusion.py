@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +17,27 @@ from vlpfast.models.towers import TextTower
 from vlpfast.ragged import Joined, Ragged
 
 
-@dataclass(frozen=True)
-class ImageKeys:
-    """Keys and values of all fusion layers, (B, N, layers, 2, H, E), projected once per image."""
+class ImageKeys(NamedTuple):
+    """Keys and values of all fusion layers, (B, N, layers, 2, H, E), projected once per image; and
+    the same as parts (B, N, H, E), each layer's keys and then its values.
+    """
 
     kv: Tensor
+    parts: tuple[Tensor, ...]
 
-    @cached_property
-    def _parts(self) -> tuple[Tensor, ...]:
-        # Split once: the gradient of each indexing by itself would be as large as `kv`.
-        return self.kv.flatten(2, 3).unbind(2)
+    @classmethod
+    def of(cls, kv: Tensor) -> ImageKeys:
+        """Split once: the gradient of each indexing by itself would be as large as `kv`."""
+        return cls(kv, kv.flatten(-4, -3).unbind(-3))
 
     def layer(self, number: int, kv_index: Tensor) -> CrossKeys:
         """What layer `number` reads, and which image each text row reads."""
-        k, v = self._parts[2 * number : 2 * number + 2]
+        k, v = self.parts[2 * number : 2 * number + 2]
         return CrossKeys(k, v, kv_index)
 
     def select(self, images: Tensor) -> ImageKeys:
         """Keys of the images `images` (R,) int64."""
-        return ImageKeys(self.kv[images])
+        return ImageKeys.of(self.kv[images])
 
 
 class FusionTower(nn.Module):
@@ -61,7 +62,7 @@ class FusionTower(nn.Module):
             kv = self.image_kv(image_tokens)
         else:
             kv = self.key_norm(image_tokens, self.image_kv)
-        return ImageKeys(kv.unflatten(-1, (self.depth, 2, self.heads, -1)))
+        return ImageKeys.of(kv.unflatten(-1, (self.depth, 2, self.heads, -1)))
 
     def forward(
         self,

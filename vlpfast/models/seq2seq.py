@@ -4,8 +4,7 @@ Unified-IO).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +19,18 @@ from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 
 
-@dataclass(frozen=True)
-class SourceKeys:
-    """Keys and values of all decoder layers, (T, layers, 2, H, E), of packed sources: an image's
-    tokens and its prompt, encoded once for all texts that follow them.
+class SourceKeys(NamedTuple):
+    """Keys and values (T, H, E) of each decoder layer, as `ImageKeys.parts`, of packed sources: an
+    image's tokens and its prompt, encoded once for all texts that follow them.
     """
 
-    kv: Tensor
+    parts: tuple[Tensor, ...]
     cu_seqlens: Tensor
     max_len: int
 
-    @cached_property
-    def _parts(self) -> tuple[Tensor, ...]:
-        # Split once: the gradient of each indexing by itself would be as large as `kv`.
-        return self.kv.flatten(1, 2).unbind(1)
-
     def layer(self, number: int, kv_index: Tensor) -> CrossKeys:
         """What layer `number` reads, and which source each text row reads."""
-        k, v = self._parts[2 * number : 2 * number + 2]
+        k, v = self.parts[2 * number : 2 * number + 2]
         return CrossKeys(k, v, kv_index, self.cu_seqlens, self.max_len)
 
 
@@ -67,11 +60,9 @@ class Seq2SeqTower(nn.Module):
     ) -> SourceKeys:
         """Source r is prompt r, packed tokens (T, D), with image `image_index[r]` (R,) int64."""
         states = self.encoder(prompt, images, image_index, seed)
-        own = torch.arange(len(prompt), device=image_index.device)
-        pieces = torch.stack([own, len(prompt) + own], 1).flatten()
-        source = Ragged.cat([states.text, states.image]).select(pieces)
-        kv = self.decoder.image_keys(source.values).kv
-        return SourceKeys(kv, source.cu_seqlens[::2].contiguous(), prompt.max_len + images.max_len)
+        source = Ragged.join(states.text, states.image).whole
+        parts = self.decoder.image_keys(source.values).parts
+        return SourceKeys(parts, source.cu_seqlens, source.max_len)
 
     def forward(
         self,
