@@ -18,7 +18,8 @@ from vlpfast.eval.run import TASKS
 from vlpfast.ragged import Ragged
 
 SIDE = 8
-CORNERS = st.tuples(*[st.integers(0, SIDE)] * 4).filter(lambda b: b[0] < b[2] and b[1] < b[3])
+EXTENT = st.integers(0, SIDE - 1).flatmap(lambda a: st.tuples(st.just(a), st.integers(a + 1, SIDE)))
+CORNERS = st.tuples(EXTENT, EXTENT).map(lambda xy: (xy[0][0], xy[1][0], xy[0][1], xy[1][1]))
 
 
 def cells(box) -> set[tuple[int, int]]:
