@@ -91,16 +91,15 @@ class Passes:
 def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: Plan) -> Encoded:
     """Each tower once: images, `kept` (B, K) of whose patches it embeds, and the plan's texts."""
     images, hidden = _images(model, batch, plan)
-    reads_tokens = bool(plan.fusion) or plan.decodes
     image = model.encode_image(
         images,
         kept,
         seed=fold_seed(seed, 1),
         hidden=hidden,
         num_embedded=len(batch) if plan.embed_image else 0,
-        with_tokens=reads_tokens,
+        with_tokens=plan.image_tokens,
     )
-    keys = model.image_keys(image.tokens) if reads_tokens and not plan.fetches else None
+    keys = model.image_keys(image.tokens) if plan.reads_pairs and not plan.fetches else None
     if not plan.text:
         return Encoded(model, image, None, keys)
     texts = [batch.text]
@@ -111,7 +110,7 @@ def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: 
         Ragged.cat(texts),
         seed=fold_seed(seed, 2),
         num_embedded=len(batch) if plan.embed_text else 0,
-        with_tokens=reads_tokens,
+        with_tokens=plan.reads_pairs,
     )
     return Encoded(model, image, text, keys)
 
