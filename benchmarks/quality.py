@@ -1,7 +1,8 @@
 """Rows of what trained runs reach, from the evaluations in their run folders.
 
 Appends rows:    python -m benchmarks.quality RUN [RUN ...] [--machine NAME]
-Makes tables:    python -m benchmarks.quality --readme README.md --presets docs/presets.md
+Makes tables:    python -m benchmarks.quality --readme README.md --others docs/runs.md \
+                     --presets docs/presets.md
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ _WORKS = {
     "mim": ("mim_accuracy", "shuffled_mim_accuracy"),
     "linear": ("linear_auc", "random_linear_auc"),
 }
-# The systems whose runs stand in README.md, a table a task; docs/presets.md has a line of each of
-# the others.
-_MAIN = ("albef", "clip")
+# Tables with a line for each evaluation: README.md has these runs, docs/runs.md all others of these
+# systems; docs/presets.md has a line for each task of the other systems.
+_MAIN = ("albef_scenes", "albef_scenes_long", "albef_scenes_swaps", "clip_emoji")
+_SYSTEMS = ("albef", "clip")
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ def rows_of(run: Path, machine_name: str | None = None) -> list[QualityRow]:
 
 
 def is_main(row: QualityRow) -> bool:
-    """Whether a row is of one of the systems that stand in README.md."""
-    return row.preset.split()[0] in _MAIN
+    """Whether a row is of one of the systems whose evaluations stand one by one."""
+    return row.preset.split()[0] in _SYSTEMS
 
 
 def _newest(rows: Iterable[QualityRow]) -> dict[tuple, dict[str, QualityRow]]:
@@ -236,6 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help=f"rewrite {', '.join(_MAIN)} from {BEGIN} on"
     )
+    parser.add_argument(
+        "--others", type=Path, metavar="FILE", help=f"rewrite other runs of {', '.join(_SYSTEMS)}"
+    )
     parser.add_argument("--presets", type=Path, metavar="FILE", help="rewrite the other systems")
     options = parser.parse_args(arguments)
     for run in options.runs:
@@ -245,8 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(rows)} rows of {run.name} -> {path}")
     paths = sorted(options.results.glob(f"*/{FILE}"))
     every = [row for path in paths for row in load(path, QualityRow)]
+    main_rows = [row for row in every if is_main(row)]
     shown = {
-        options.readme: tables(row for row in every if is_main(row)),
+        options.readme: tables(row for row in main_rows if row.run in _MAIN),
+        options.others: tables(row for row in main_rows if row.run not in _MAIN),
         options.presets: works(row for row in every if not is_main(row)),
     }
     for file, text in shown.items():

@@ -1,5 +1,6 @@
 """Floating-point operations of what a training step must compute: no padding, keys and values of an
-image once, the vocabulary at masked positions only. Products alone, 2 a multiply-add.
+image once, the vocabulary at masked positions only, of a tower that is only pooled the last layer's
+keys, values and one token. Products alone, 2 a multiply-add.
 
 Letters: N image tokens, T text tokens, D width, E joint width, B batch.
 """
@@ -26,21 +27,31 @@ def _attention(config: StackConfig, lens: Sequence[int], causal: bool = False) -
     return 4 * config.dim * pairs
 
 
-def _stack(config: StackConfig, lens: Sequence[int], causal: bool = False) -> float:
+def _stack(
+    config: StackConfig, lens: Sequence[int], causal: bool = False, *, pooled: bool = False
+) -> float:
+    """Of `pooled` sequences one token leaves the last layer."""
     layer = _linear(config) * sum(lens) + _attention(config, lens, causal)
-    return config.depth * layer
+    if not pooled:
+        return config.depth * layer
+    keys = 2 * 2 * config.dim**2 * sum(lens)
+    one = (_linear(config) - 2 * 2 * config.dim**2) * len(lens) + 4 * config.dim * sum(lens)
+    return (config.depth - 1) * layer + keys + one
 
 
-def vision_flops(config: ModelConfig, num_kept: int) -> tuple[float, float]:
+def vision_flops(
+    config: ModelConfig, num_kept: int, *, pooled: bool = False
+) -> tuple[float, float]:
     """Forward of the patch projection and of the layers with the joint projection, one image."""
     vision = config.vision
     patches = 2 * num_kept * 3 * vision.patch_size**2 * vision.dim
-    return patches, _stack(vision, [num_kept + 1]) + 2 * vision.dim * config.embed_dim
+    layers = _stack(vision, [num_kept + 1], pooled=pooled)
+    return patches, layers + 2 * vision.dim * config.embed_dim
 
 
-def text_flops(config: ModelConfig, lens: Sequence[int]) -> float:
+def text_flops(config: ModelConfig, lens: Sequence[int], *, pooled: bool = False) -> float:
     """Forward of the text layers."""
-    return _stack(config.text, lens, config.text.causal)
+    return _stack(config.text, lens, config.text.causal, pooled=pooled)
 
 
 def keys_flops(config: ModelConfig) -> float:
@@ -59,8 +70,8 @@ def fusion_flops(config: ModelConfig, lens: Sequence[int]) -> float:
 def clip_step_flops(config: ModelConfig, lens: Sequence[int], num_kept: int) -> float:
     """Forward and backward of a contrastive step on captions of these lengths."""
     size = len(lens)
-    patches, layers = vision_flops(config, num_kept)
-    text = text_flops(config, lens) + size * 2 * config.text.dim * config.embed_dim
+    patches, layers = vision_flops(config, num_kept, pooled=True)
+    text = text_flops(config, lens, pooled=True) + size * 2 * config.text.dim * config.embed_dim
     contrast = 2 * size**2 * config.embed_dim
     # Pixels need no gradient.
     return size * (2 * patches + _TRAIN * layers) + _TRAIN * (text + contrast)

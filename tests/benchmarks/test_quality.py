@@ -60,11 +60,11 @@ def test_core_minutes_are_told_where_they_are_logged(run, tmp_path):
     path.write_text(path.read_text().replace('"step_s"', '"cpu_s": 1.5, "step_s"'))
     rows = {row.metric: row for row in rows_of(run, "box")}
     assert (rows[CORE_MINUTES].value, rows["txt_r1"].minutes) == (0.5, 3.0)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{BEGIN}\n{END}\n")
-    places = ["--results", str(tmp_path / "results"), "--readme", str(readme)]
+    table = tmp_path / "runs.md"
+    table.write_text(f"{BEGIN}\n{END}\n")
+    places = ["--results", str(tmp_path / "results"), "--others", str(table)]
     main([str(run), "--machine", "box", *places])
-    assert "| small | clip tiny | 0 k samples, 0.5 core-minutes |" in readme.read_text()
+    assert "| small | clip tiny | 0 k samples, 0.5 core-minutes |" in table.read_text()
 
 
 def test_training_counts_until_the_evaluated_step(run):
@@ -74,17 +74,25 @@ def test_training_counts_until_the_evaluated_step(run):
     assert (row.samples_seen, row.minutes) == (80, 1.0)
 
 
-def test_readme_table_is_made_from_the_rows(run, tmp_path):
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    main([str(run), "--machine", "box", "--results", str(results), "--readme", str(readme)])
+@pytest.mark.parametrize(("name", "option"), [("clip_emoji", "--readme"), ("own", "--others")])
+def test_tables_are_made_from_the_rows(run, tmp_path, name, option):
+    config = run / "config.json"
+    config.write_text(config.read_text().replace("small", name))
+    files = {option: tmp_path / option for option in ("--readme", "--others")}
+    for file in files.values():
+        file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    results = tmp_path / "results"
+    places = [str(part) for pair in files.items() for part in pair]
+    main([str(run), "--machine", "box", "--results", str(results), *places])
     assert len(load(results / "box" / FILE, QualityRow)) == 4
-    text = readme.read_text()
+    text = files.pop(option).read_text()
     assert "old" not in text
-    assert "| small | clip tiny | 0 k samples, 3 min, 2 threads |" in text
+    assert f"| {name} | clip tiny | 0 k samples, 3 min, 2 threads |" in text
     assert "| 25.0 (0.5) | 50.0 | 20.0 | 60.0 (5.0) |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
+    (other,) = files.values()
+    assert name not in other.read_text()
 
 
 def test_margin_is_over_the_greater_of_control_and_chance(run, tmp_path):

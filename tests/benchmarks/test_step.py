@@ -113,13 +113,13 @@ def test_flops_are_what_the_eager_step_spends(monkeypatch: pytest.MonkeyPatch):
 def test_clip_flops_count_kept_patches_and_half_of_a_causal_square():
     config = compact("clip")
     whole, quarter = (flops.clip_step_flops(config, [9, 5], kept) for kept in (16, 4))
-    patches, layers = flops.vision_flops(config, 12)
-    # Layers over 17 and over 5 tokens differ by those over 13, less one token and one joint
-    # projection, and by what squares make of attention.
-    attention = 2 * 4 * 96 * (17**2 - 5**2 - 13**2)
-    token = 2 * 2 * 12 * 96**2
-    per_image = 2 * patches + 3 * (layers - 2 * 96 * 128 - token + attention)
-    assert whole - quarter == pytest.approx(2 * per_image)
+    patches, _ = flops.vision_flops(config, 12)
+    # What 12 patches more cost in the first of two layers, and as keys and values of one query in
+    # the second.
+    first = 12 * 2 * 12 * 96**2 + 4 * 96 * (17**2 - 5**2)
+    last = 12 * 2 * 2 * 96**2 + 4 * 96 * 12
+    assert config.vision.depth == 2
+    assert whole - quarter == pytest.approx(2 * (2 * patches + 3 * (first + last)))
     square = flops.text_flops(replace(config, text=replace(config.text, causal=False)), [10])
     assert square - flops.text_flops(config, [10]) == 2 * 4 * 96 * 45
 

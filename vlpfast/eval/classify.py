@@ -41,7 +41,7 @@ def classify_probe(
     if not classes.names:
         raise ValueError("classify: the data has no class name")
     ids = Ragged.from_lists(tokenizer.encode(classes.names, max_tokens), model.device)
-    names = model.encode_text(ids).embedding
+    names = model.encode_text(ids, with_tokens=False).embedding
     hits = num_images = num_right = 0
     for batch in batches:
         rows = index.rows_of(batch.sample_ids.cpu().numpy())
@@ -50,7 +50,7 @@ def classify_probe(
             truth[i, classes.of(int(row))] = True
         shown = truth.any(1)
         images = batch.visual(model.config.vision.front).to(model.device)
-        guess = (model.encode_image(images).embedding @ names.mT).argmax(1).cpu()
+        guess = (model.encode_image(images, with_tokens=False).embedding @ names.mT).argmax(1).cpu()
         hits += int((truth[torch.arange(len(batch)), guess] & shown).sum())
         num_images += int(shown.sum())
         num_right += int(truth.sum())

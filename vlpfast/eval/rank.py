@@ -64,7 +64,7 @@ def _images(on: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings (I, E), image ids (I,) and sample ids (I,) of all images that can be read."""
     parts = [
         (
-            on.model.encode_image(batch.images.to(on.device)).embedding,
+            on.model.encode_image(batch.images.to(on.device), with_tokens=False).embedding,
             batch.image_ids.cpu(),
             batch.sample_ids.cpu(),
         )
@@ -108,7 +108,8 @@ def _texts(on: Evaluation, captions: list[str]) -> tuple[Tensor, Ragged | None]:
         for start in range(0, len(captions), size):
             chunk = captions[start : start + size]
             ids = on.tokenizer.encode(chunk, on.data.max_tokens)
-            text = on.model.encode_text(Ragged.from_lists(ids, on.device))
+            packed = Ragged.from_lists(ids, on.device)
+            text = on.model.encode_text(packed, with_tokens=bool(on.options.rerank_k))
             embeddings.append(text.embedding)
             if on.options.rerank_k:
                 tokens.append(text.tokens)

@@ -18,6 +18,7 @@ from vlpfast.ops.seed import fold_seed
 
 if TYPE_CHECKING:
     from vlpfast.layers.moe import Routes
+    from vlpfast.ragged import Ragged
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,29 @@ class CrossKeys(NamedTuple):
     kv_index: Tensor
     cu_k: Tensor | None = None
     max_k: int | None = None
+
+
+class Leaving(NamedTuple):
+    """The one token of each sequence that a stack's last block still makes, where nothing reads the
+    others: the block asks, projects and sums for it alone.
+
+    Attributes:
+        layout: how these tokens lie.
+        places (R,): int64, where they are among packed tokens; None: the first of dense sequences.
+    """
+
+    layout: Layout
+    places: Tensor | None = None
+
+    @classmethod
+    def of(cls, text: Ragged, place: Literal["first", "last"]) -> Leaving:
+        """The first or last token of packed sequences, none of which is empty."""
+        offsets = torch.arange(len(text) + 1, dtype=torch.int32, device=text.cu_seqlens.device)
+        return cls(Layout(offsets, 1), text.first() if place == "first" else text.last())
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """Of dense (B, N, D) or packed (T, D): (B, 1, D) or (R, D)."""
+        return tokens[:, :1] if self.places is None else tokens[self.places]
 
 
 class ResidualNorm(nn.Module):
@@ -136,8 +160,23 @@ class SelfAttention(nn.Module):
         self.norm = None if sub_norm_eps is None else ResidualNorm(dim, sub_norm_eps)
         self.out = last_linear(dim, dim, layer_scale)
 
-    def forward(self, x: Tensor, layout: Layout, seed: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: Layout, seed: int = 0, leaving: Leaving | None = None
+    ) -> Tensor:
+        """`leaving` sees all tokens of its sequence."""
+        if leaving is not None:
+            return self.out(self._mix_leaving(x, layout, seed, leaving))
         return self.out(self.mix(self.qkv(x), layout, seed))
+
+    def _mix_leaving(self, x: Tensor, layout: Layout, seed: int, leaving: Leaving) -> Tensor:
+        """As `mix`, of the tokens that leave: all others are keys and values only."""
+        split = x.shape[-1], 2 * x.shape[-1]
+        of_q, of_kv = zip(self.qkv.weight.split(split), self.qkv.bias.split(split), strict=True)
+        q = F.linear(leaving.take(x), *of_q).unflatten(-1, (self.heads, -1))
+        k, v = F.linear(x, *of_kv).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        options = {"dropout_p": self.dropout if self.training else 0.0, "seed": seed}
+        mixed = attend(q, k, v, leaving.layout, layout, **options)
+        return mixed if self.norm is None else self.norm(mixed)[0]
 
     def mix(self, qkv: Tensor, layout: Layout, seed: int) -> Tensor:
         """Heads' mixed values (..., D), side by side, of projections (..., 3 D)."""
@@ -243,23 +282,28 @@ class Block(nn.Module):
         layout: Layout,
         keys: CrossKeys | None = None,
         seed: int = 0,
+        leaving: Leaving | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        branches = [(self.norm1, lambda x: self.attention(x, layout, fold_seed(seed, 1)))]
+        """With `leaving` the state of those tokens."""
+        after, asks = (layout, ()) if leaving is None else (leaving.layout, (leaving,))
+        branches = [(self.norm1, lambda x: self.attention(x, layout, fold_seed(seed, 1), *asks))]
         if self.mlp_between is not None:
             branches.append((self.norm_between, self.mlp_between))
         if self.cross is not None:
             branches.append(
-                (self.norm_cross, lambda x: self.cross(x, layout, keys, fold_seed(seed, 2)))
+                (self.norm_cross, lambda x: self.cross(x, after, keys, fold_seed(seed, 2)))
             )
-        branches.append((self.norm2, lambda x: self.feed_forward(x, layout, fold_seed(seed, 0))))
+        branches.append((self.norm2, lambda x: self.feed_forward(x, after, fold_seed(seed, 0))))
         for site, (norm, run) in enumerate(branches, start=3):
+            x = residual
+            if not self.post_norm:
+                summed = (residual, None) if branch is None else (branch, residual)
+                x, residual = norm(*summed, fold_seed(seed, site))
+            branch = self._keep(run(x), after, fold_seed(seed, site, 0))
+            if leaving is not None and site == 3:
+                residual = leaving.take(residual)
             if self.post_norm:
-                out = self._keep(run(residual), layout, fold_seed(seed, site, 0))
-                residual, _ = norm(out, residual, fold_seed(seed, site))
-            else:
-                x, rest = (residual, None) if branch is None else (branch, residual)
-                normed, residual = norm(x, rest, fold_seed(seed, site))
-                branch = self._keep(run(normed), layout, fold_seed(seed, site, 0))
+                (residual, _), branch = norm(branch, residual, fold_seed(seed, site)), None
         return branch, residual
 
     def _keep(self, branch: Tensor, layout: Layout, seed: int) -> Tensor:

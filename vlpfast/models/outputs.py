@@ -11,13 +11,14 @@ from vlpfast.ragged import Ragged
 
 @dataclass(frozen=True)
 class ImageOutput:
-    """tokens (B, N, D): class token first; of regions packed (T, D). embedding (B, E):
-    L2-normalised, in the joint space; None where the model has none. class_head (B, N, D): of
-    masked images, what the class token's head makes of them; None where the model has none.
-    joint_embedding: as `embedding`, of the layers with experts for both modalities (VLMo).
+    """tokens (B, N, D): class token first; of regions packed (T, D); None where they were not
+    wanted. embedding (B, E): L2-normalised, in the joint space; None where the model has none.
+    class_head (B, N, D): of masked images, what the class token's head makes of them; None where
+    the model has none. joint_embedding: as `embedding`, of the layers with experts for both
+    modalities (VLMo).
     """
 
-    tokens: Tensor | Ragged
+    tokens: Tensor | Ragged | None
     embedding: Tensor | None
     class_head: Tensor | None = None
     joint_embedding: Tensor | None = None
@@ -25,9 +26,9 @@ class ImageOutput:
 
 @dataclass(frozen=True)
 class TextOutput:
-    """tokens: packed (T, D); embeddings as in `ImageOutput`."""
+    """tokens: packed (T, D), None where they were not wanted; embeddings as in `ImageOutput`."""
 
-    tokens: Ragged
+    tokens: Ragged | None
     embedding: Tensor | None
     joint_embedding: Tensor | None = None
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from vlpfast.layers.block import Block, CrossKeys, Layout, ResidualNorm
+from vlpfast.layers.block import Block, CrossKeys, Layout, Leaving, ResidualNorm
 from vlpfast.layers.drop_path import path_rates
 from vlpfast.layers.moe import MoeBlock
 from vlpfast.models.config import StackConfig
@@ -47,13 +47,14 @@ def make_blocks(
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module],
+    blocks: Sequence[nn.Module],
     state: State,
     layout: Layout | Sequence[Layout],
     seed: int,
     *,
     first: int = 0,
     read: Callable[[int], CrossKeys] | None = None,
+    leaving: Leaving | None = None,
 ) -> State:
     """The state of `Block` after `blocks`.
 
@@ -64,11 +65,14 @@ def run_blocks(
         seed: keys dropout.
         first: number of the first of them in the stack.
         read: what the layer of a number reads by cross-attention.
+        leaving: the only tokens that the last of `blocks` makes; None: all.
     """
     for number, block in enumerate(blocks, start=first):
         here = layout if isinstance(layout, Layout) else layout[number]
         keys = () if read is None else (read(number),)
-        state = block(*state, here, *keys, seed=fold_seed(seed, number))
+        ends = leaving is not None and number == first + len(blocks) - 1
+        options = {"leaving": leaving} if ends else {}
+        state = block(*state, here, *keys, seed=fold_seed(seed, number), **options)
     return state
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vlpfast.layers.block import Layout, ResidualNorm
+from vlpfast.layers.block import Layout, Leaving, ResidualNorm
 from vlpfast.layers.embedding import PatchEmbedding, TokenEmbedding
 from vlpfast.layers.grid import GridEmbedding
 from vlpfast.layers.keys import KeyCache
@@ -84,9 +84,15 @@ class VisionTower(nn.Module):
         self.mean_pool = config.pool == "mean"
 
     def forward(
-        self, images: Tensor | Regions, keep_ids: Tensor | None = None, seed: int = 0
+        self,
+        images: Tensor | Regions,
+        keep_ids: Tensor | None = None,
+        seed: int = 0,
+        *,
+        pooled_only: bool = False,
     ) -> Tensor | Ragged:
-        return self._read(images, keep_ids, seed)[0]
+        """With `pooled_only` of the tokens those that `pool` reads."""
+        return self._read(images, keep_ids, seed, pooled_only=pooled_only)[0]
 
     def masked(self, images: Tensor, hidden: Tensor, seed: int = 0) -> tuple[Tensor, Tensor | None]:
         """Tokens of images whose patches `hidden` (B, P) bool the mask token stands for, and what
@@ -100,6 +106,7 @@ class VisionTower(nn.Module):
         keep_ids: Tensor | None,
         seed: int,
         hidden: Tensor | None = None,
+        pooled_only: bool = False,
     ) -> tuple[Tensor | Ragged, Tensor | None]:
         if self.relative_bias is not None and keep_ids is not None:
             raise ValueError("keep_ids drops patches, and the relative bias is of all of them")
@@ -115,7 +122,9 @@ class VisionTower(nn.Module):
         state = run_blocks(blocks[:early], (None, residual), layouts, seed)
         if early:
             patches = (state[1] + state[0])[:, 1:]
-        state = run_blocks(blocks[early:], state, layouts, seed, first=early)
+        first_only = pooled_only and packed is None and self._pools_first
+        leaving = Leaving(Layout()) if first_only else None
+        state = run_blocks(blocks[early:], state, layouts, seed, first=early, leaving=leaving)
         if early:
             out, last = self.norm(*state, fold_seed(seed, -1))
             return out, self._class_head(torch.cat([last[:, :1], patches], 1), layouts, seed)
@@ -123,6 +132,11 @@ class VisionTower(nn.Module):
         if self.queries is not None:
             out = self.queries(out)
         return (out if packed is None else packed.with_values(out)), None
+
+    @property
+    def _pools_first(self) -> bool:
+        """Whether only the class token is pooled, and nothing is added to its scores."""
+        return not (self.mean_pool or self.pooler or self.queries or self.relative_bias)
 
     def _class_head(self, tokens: Tensor, layouts: list[Layout], seed: int) -> Tensor:
         """The head's blocks and the tower's norm.
@@ -182,13 +196,21 @@ class TextTower(nn.Module):
             position=config.position,
         )
         self.class_token = nn.Parameter(torch.empty(config.dim)) if appended else None
+        self.pooled = config.pool
         self.causal = config.causal
         self.blocks = make_blocks(config)
         self.norm = final_norm(config)
 
-    def forward(self, text: Ragged, seed: int = 0, cache: KeyCache | None = None) -> Ragged:
+    def forward(
+        self,
+        text: Ragged,
+        seed: int = 0,
+        cache: KeyCache | None = None,
+        *,
+        pooled_only: bool = False,
+    ) -> Ragged:
         """With a `cache`, `text` goes on from the tokens that are in it, and no class token ends
-        it.
+        it. With `pooled_only` sequences may have the token that is pooled and no other.
         """
         ids, start = text, 0 if cache is None else cache.length
         text = text.with_values(self.embedding(ids, start))
@@ -197,7 +219,12 @@ class TextTower(nn.Module):
             text = text.append(last.to(text.values.dtype).expand(len(text), -1))
         blocks = "causal" if self.causal else None
         layout = Layout(text.cu_seqlens, text.max_len, blocks, cache=cache)
-        branch, residual = run_blocks(self.blocks, (None, text.values), layout, seed)
+        leaving = self._leaving(text) if pooled_only else None
+        branch, residual = run_blocks(
+            self.blocks, (None, text.values), layout, seed, leaving=leaving
+        )
+        if leaving is not None:
+            text = Ragged(residual, leaving.layout.cu_seqlens, 1)
         if self.class_token is None:
             return text.with_values(finish(self.norm, branch, residual, seed))
         out = residual + branch
@@ -206,3 +233,10 @@ class TextTower(nn.Module):
             normed = self.norm(branch[last], residual[last], fold_seed(seed, -1))[0]
             out = out.index_copy(0, last, normed.to(out.dtype))
         return text.with_values(out)
+
+    def _leaving(self, text: Ragged) -> Leaving | None:
+        """The pooled tokens, where they see all others."""
+        blind = self.causal and self.pooled != "last"
+        if blind or self.pooled == "appended" or not len(self.blocks):
+            return None
+        return Leaving.of(text, self.pooled)

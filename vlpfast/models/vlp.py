@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlpfast.images import Images
 from vlpfast.layers.keys import KeyCache
@@ -95,6 +95,7 @@ class VLPModel(Heads):
         seed: int = 0,
         hidden: Tensor | None = None,
         num_embedded: int | None = None,
+        with_tokens: bool = True,
     ) -> ImageOutput:
         """Image tower and its projection; where one stack serves both modalities, that stack on
         images alone is the tower, and the tokens are what enters it.
@@ -108,6 +109,8 @@ class VLPModel(Heads):
             hidden (B, P): bool, the patches for which the mask token stands; of all patches, so
                 without `keep_ids`.
             num_embedded: of how many images, the first ones, an embedding is wanted; None: all.
+            with_tokens: whether tokens are wanted beside the embedding. Without them the tower's
+                last block runs for the class token alone, where that is what is pooled.
         """
         side, wants_regions = self.config.image_size, self.config.vision.front == "regions"
         if isinstance(images, Regions) != wants_regions:
@@ -125,7 +128,8 @@ class VLPModel(Heads):
             raise ValueError(f"images must be (B, {side}, {side}, 3), got {tuple(images.shape)}")
         class_head = None
         if hidden is None:
-            tokens = self.vision(images, keep_ids, seed)
+            options = self._pooled_only(self.vision, with_tokens or num_embedded == 0)
+            tokens = self.vision(images, keep_ids, seed, **options)
         else:
             self._need(self.color_head or self.code_head, "a code head")
             tokens, class_head = self.vision.masked(images, hidden, seed)
@@ -141,10 +145,16 @@ class VLPModel(Heads):
         pooled = self.vision.pool(embedded)
         if self.config.vision.unit_features:
             pooled = unit(pooled).to(pooled.dtype)
-        return ImageOutput(tokens, unit(self.image_projection(pooled)), class_head)
+        embedding = unit(self.image_projection(pooled))
+        return ImageOutput(tokens if with_tokens else None, embedding, class_head)
 
     def encode_text(
-        self, text: Ragged, *, seed: int = 0, num_embedded: int | None = None
+        self,
+        text: Ragged,
+        *,
+        seed: int = 0,
+        num_embedded: int | None = None,
+        with_tokens: bool = True,
     ) -> TextOutput:
         """Text tower and its projection; where one stack serves both modalities as `encode_image`.
 
@@ -152,10 +162,13 @@ class VLPModel(Heads):
             text: packs int64 token ids with their start and end tokens.
             seed: keys dropout in training.
             num_embedded: of how many texts, the first ones, an embedding is wanted; None: all.
+            with_tokens: as `encode_image`.
         """
         self._need(self.text, "a text tower")
         config = self.config
-        tokens = fused = self.text(text, seed)
+        wanted = with_tokens and not config.fusion.shares_text
+        options = self._pooled_only(self.text, wanted or num_embedded == 0)
+        tokens = fused = self.text(text, seed, **options)
         if config.fusion.shares_text:
             fused = self._embedded(text, config.text.task_ids[1])
         elif config.text.pool == "appended":
@@ -169,7 +182,14 @@ class VLPModel(Heads):
         if config.one_stack:
             return TextOutput(fused, *self._embed_alone(tokens, "text", seed))
         places = tokens.first() if config.text.pool == "first" else tokens.last()
-        return TextOutput(fused, unit(self.text_projection(tokens.values[places])))
+        embedding = unit(self.text_projection(tokens.values[places]))
+        return TextOutput(fused if with_tokens else None, embedding)
+
+    def _pooled_only(self, tower: nn.Module, wants_tokens: bool) -> dict[str, bool]:
+        """Options of a tower whose tokens nothing reads but its pooling."""
+        apart = self.has_joint_space and not (self.config.shared or self.config.one_stack)
+        can = apart and isinstance(tower, VisionTower | TextTower)
+        return {"pooled_only": True} if can and not wants_tokens else {}
 
     def image_states(self, tokens: Tensor) -> Tensor:
         """What the image tower makes of images (B, N, D), from `encode_image`'s tokens: themselves,

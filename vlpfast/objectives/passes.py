@@ -97,9 +97,9 @@ def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: 
         seed=fold_seed(seed, 1),
         hidden=hidden,
         num_embedded=len(batch) if plan.embed_image else 0,
+        with_tokens=plan.image_tokens,
     )
-    read = (plan.fusion or plan.decodes) and not plan.fetches
-    keys = model.image_keys(image.tokens) if read else None
+    keys = model.image_keys(image.tokens) if plan.reads_pairs and not plan.fetches else None
     if not plan.text:
         return Encoded(model, image, None, keys)
     texts = [batch.text]
@@ -110,6 +110,7 @@ def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: 
         Ragged.cat(texts),
         seed=fold_seed(seed, 2),
         num_embedded=len(batch) if plan.embed_text else 0,
+        with_tokens=plan.reads_pairs,
     )
     return Encoded(model, image, text, keys)
 

@@ -47,6 +47,7 @@ class Plan:
             images alone do without.
         masked_alone: the text tower also reads the texts masked for modelling without images.
         embed_image, embed_text: an objective reads where they are in the joint space.
+        image_tokens: an objective reads what the image tower makes of each patch.
         causal: masked texts are read causally.
         together: of texts and images the towers read one version, masked where there is one, and
             the one group of rows serves every objective.
@@ -61,6 +62,7 @@ class Plan:
     masked_alone: bool = False
     embed_image: bool = True
     embed_text: bool = True
+    image_tokens: bool = True
     causal: bool = False
     decodes: bool = False
     together: bool = False
@@ -96,9 +98,11 @@ class Plan:
         images_alone = {"mim", "vqkd"} if one_stack else {"mim", "vqkd", "mpp"}
         text = bool(config.weights.keys() - images_alone)
         contrast = bool(config.itc or config.sigmoid or config.hinge)
+        fusion = matching + masked + hidden + alone
+        codes = bool(config.vqkd or config.kmeans)
         return cls(
             masked_text=bool(config.mlm),
-            fusion=matching + masked + hidden + alone,
+            fusion=fusion,
             hard_negatives=hard and not over_all,
             masked_image=config.masks_regions or config.hides_patches,
             text=text,
@@ -106,6 +110,7 @@ class Plan:
             masked_alone=bool(config.mtm),
             embed_image=contrast or bool(config.classify),
             embed_text=contrast,
+            image_tokens=bool(fusion or config.lm or config.hides_patches) or codes,
             causal=bool(config.mlm) and config.mlm_causal,
             decodes=bool(config.lm),
             fetches=over_all and over_ranks,
@@ -144,6 +149,11 @@ class Plan:
         }
         texts, images = zip(*(rows[group] for group in self.fusion), strict=True)
         return torch.cat(texts), torch.cat(images)
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether tokens of texts and images meet."""
+        return bool(self.fusion) or self.decodes
 
     @property
     def num_texts(self) -> int:

@@ -25,7 +25,8 @@ def classify(passes: Passes) -> Loss:
     batch, model = passes.batch, passes.model
     if batch.class_ids is None:
         raise ValueError("objectives.classify needs class names: set data.classes")
-    names = model.encode_text(batch.class_names, seed=fold_seed(passes.seed, 6)).embedding
+    names = model.encode_text(batch.class_names, seed=fold_seed(passes.seed, 6), with_tokens=False)
+    names = names.embedding
     loss = linear_cross_entropy(
         model.scale_of("classify") * passes.image_embedding,
         names,
