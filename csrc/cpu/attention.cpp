@@ -15,6 +15,7 @@
 
 #include "vlpfast/attention_types.h"
 #include "vlpfast/checks.h"
+#include "vlpfast/huge_pages.h"
 #include "vlpfast/simd.h"
 #include "vlpfast/threads.h"
 
@@ -134,7 +135,8 @@ int64_t num_covered(const Spans& spans) {
 
 // (T, H, E) like `tokens`, zero where no sequence lies.
 Tensor new_tokens(const Tensor& tokens, const Spans& spans) {
-  Tensor result = torch::stable::new_empty(tokens, {tokens.size(0), tokens.size(1), tokens.size(2)});
+  Tensor result = on_huge_pages(
+      torch::stable::new_empty(tokens, {tokens.size(0), tokens.size(1), tokens.size(2)}));
   if (num_covered(spans) < tokens.size(0)) torch::stable::zero_(result);
   return result;
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "vlpfast/checks.h"
+#include "vlpfast/huge_pages.h"
 #include "vlpfast/rows.h"
 
 namespace vlpfast {
@@ -126,7 +127,7 @@ Tensor bias_gelu_fwd_cpu(const Tensor& x, const std::optional<Tensor>& bias, con
                          bool quick, double dropout_p) {
   check_argument(seed, ScalarType::Long, kOp, "seed");
   const int64_t num_rows = x.size(0), D = x.size(1);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = on_huge_pages(torch::stable::empty_like(x));
   const Problem p{D,       rows_of(x, kOp, "x"), Rows{}, rows_of(out, kOp, "out"),
                   bias_pointer(bias), nullptr,   quick};
   const RowDropout dropout(dropout_p, *seed.const_data_ptr<int64_t>(), D);
@@ -142,7 +143,7 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd_cpu(const Tensor& grad_output, const Te
   check_argument(seed, ScalarType::Long, kOp, "seed");
   const int64_t num_rows = x.size(0), D = x.size(1);
   const RowBlocks blocks(num_rows);
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = on_huge_pages(torch::stable::empty_like(x));
   Tensor grad_bias = torch::stable::new_empty(x, {D}, ScalarType::Float);
   std::vector<float> partial(blocks.count() * D);
   const Problem p{D,

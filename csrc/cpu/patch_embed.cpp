@@ -28,14 +28,10 @@ constexpr const char* kOp = "patch_embed";
 // Pixels gathered at a time. Forward: what stays in the caches between two passes. Backward: a
 // chunk costs a pass over the gradient of the weights.
 constexpr int64_t kForwardPixels = 1 << 20, kBackwardPixels = 1 << 22;
-constexpr int64_t kHugeBytes = 4 << 20;
 
 Tensor new_matrix(const Tensor& like, int64_t rows, int64_t columns, bool is_bf16) {
-  Tensor result = torch::stable::new_empty(
-      like, {rows, columns}, is_bf16 ? ScalarType::BFloat16 : ScalarType::Float);
-  const int64_t num_bytes = rows * columns * (is_bf16 ? 2 : 4);
-  if (num_bytes >= kHugeBytes) prefer_huge_pages(result.data_ptr(), num_bytes);
-  return result;
+  const ScalarType dtype = is_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+  return on_huge_pages(torch::stable::new_empty(like, {rows, columns}, dtype));
 }
 
 Kept kept_of(const std::optional<Tensor>& ids, int64_t batch, int64_t num_patches) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "vlpfast/checks.h"
+#include "vlpfast/huge_pages.h"
 #include "vlpfast/rows.h"
 
 namespace vlpfast {
@@ -69,8 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_fwd_cpu(
   const Rows added = residual ? rows_of(*residual, kOp, "residual") : Rows{};
   const bool total_is_bf16 = in.is_bf16 && (!residual || added.is_bf16);
   const auto total_type = total_is_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
-  Tensor normed = torch::stable::empty_like(x);
-  Tensor total = torch::stable::new_empty(x, {num_rows, D}, total_type);
+  Tensor normed = on_huge_pages(torch::stable::empty_like(x));
+  Tensor total = on_huge_pages(torch::stable::new_empty(x, {num_rows, D}, total_type));
   Tensor mean = torch::stable::new_empty(x, {num_rows}, ScalarType::Float);
   Tensor rstd = torch::stable::new_empty(x, {num_rows}, ScalarType::Float);
   const Forward f{D,
@@ -162,8 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_bwd_cpu(
   check_argument(rstd, ScalarType::Float, kOp, "rstd");
   if (weight) check_argument(*weight, ScalarType::Float, kOp, "weight");
   const RowBlocks blocks(num_rows);
-  Tensor grad_sum = torch::stable::empty_like(total);
-  Tensor grad_x = torch::stable::new_empty(grad_normed, {split ? num_rows : 0, D});
+  Tensor grad_sum = on_huge_pages(torch::stable::empty_like(total));
+  Tensor grad_x = on_huge_pages(torch::stable::new_empty(grad_normed, {split ? num_rows : 0, D}));
   Tensor grad_weight = torch::stable::new_empty(total, {D}, ScalarType::Float);
   Tensor grad_bias = torch::stable::new_empty(total, {D}, ScalarType::Float);
   std::vector<float> partial(blocks.count() * 2 * D);
