@@ -5,31 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from vlpfast.objectives.table import OBJECTIVES
 from vlpfast.ops.seed import fold_seed
-
-OBJECTIVES = (
-    "itc",
-    "sigmoid",
-    "hinge",
-    "itm",
-    "mlm",
-    "mtm",
-    "lm",
-    "wra",
-    "mrfr",
-    "mrc",
-    "mrckl",
-    "mra",
-    "qa",
-    "mim",
-    "mvm",
-    "mpp",
-    "vqkd",
-    "kmeans",
-    "classify",
-)
-# What `masking` "together" serves.
-TOGETHER = {"itm", "mlm", "mrfr", "mrc", "mrckl", "mra", "qa"}
 
 
 @dataclass(frozen=True)
@@ -166,10 +143,11 @@ class ObjectivesConfig:
                 "objectives.mim, mvm and mpp hide patches, which a tokenizer in training "
                 "(objectives.vqkd, kmeans) must see: one after the other"
             )
-        others = sorted(self.weights.keys() - TOGETHER)
+        together = {name for name, objective in OBJECTIVES.items() if objective.together}
+        others = sorted(self.weights.keys() - together)
         if self.masking == "together" and (others or self.momentum):
             raise ValueError(
-                f"objectives.masking 'together' is one row of each pair, for {sorted(TOGETHER)}; "
+                f"objectives.masking 'together' is one row of each pair, for {sorted(together)}; "
                 f"{', '.join(others) or 'a teacher (objectives.momentum)'} needs 'apart'"
             )
         if self.qa and self.masking != "together":
@@ -212,12 +190,12 @@ class ObjectivesConfig:
     @property
     def masks_regions(self) -> bool:
         """Whether an objective predicts hidden regions."""
-        return bool(self.mrfr or self.mrc or self.mrckl or self.mra)
+        return any(OBJECTIVES[name].hides == "regions" for name in self.weights)
 
     @property
     def hides_patches(self) -> bool:
         """Whether an objective predicts something of hidden patches."""
-        return bool(self.mim or self.mvm or self.mpp)
+        return any(OBJECTIVES[name].hides == "patches" for name in self.weights)
 
     def at(self, step: int, seed: int) -> ObjectivesConfig:
         """What optimizer step `step` trains: all, or the one of `mix` that (seed, step) draw."""

@@ -1,4 +1,4 @@
-"""What each objective needs of a model, and the error where a model does not have it."""
+"""The errors where a model does not have what an objective needs of it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,7 @@ from vlpfast.models.config import ModelConfig
 from vlpfast.models.presets import missing
 from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.objectives.plan import Plan
-
-# Of `ModelConfig.parts`.
-NEEDS = {
-    "itc": ("a joint space", "a learned scale"),
-    "sigmoid": ("a joint space", "a learned scale", "a learned bias"),
-    "hinge": ("a joint space",),
-    "itm": ("a fusion tower", "a matching head"),
-    "mlm": ("a fusion tower", "a token head"),
-    "wra": ("fused image tokens",),
-    "mrfr": ("region heads", "a region feature head"),
-    "mrc": ("region heads",),
-    "mrckl": ("region heads", "a background class"),
-    "mra": ("region heads", "an attribute head"),
-    "qa": ("a fusion tower", "an answer head"),
-    "mtm": ("one stack for both", "a token head"),
-    "lm": ("a text decoder",),
-    "mim": ("a code head",),
-    "mvm": ("image tokens that read the text", "a code head"),
-    "mpp": ("a color head",),
-    "vqkd": ("a codebook", "a decoder of codes"),
-    "kmeans": ("a codebook", "k-means centres"),
-    "classify": ("a joint space", "a learned scale"),
-}
+from vlpfast.objectives.table import OBJECTIVES
 
 
 def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
@@ -36,7 +14,7 @@ def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
     leaves a parameter of the similarities without a gradient.
     """
     for name in objectives.weights:
-        for part in NEEDS[name]:
+        for part in OBJECTIVES[name].needs:
             if part not in model.parts:
                 raise ValueError(f"objectives.{name} needs {part}; {missing(model.preset, part)}")
     fusion = model.fusion
