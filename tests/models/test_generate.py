@@ -8,6 +8,7 @@ import torch
 from tests.models.test_caption import WRITERS, images, small
 from vlpfast.layers.keys import KeyCache
 from vlpfast.models import VLPModel
+from vlpfast.models.generate import nucleus_draw
 from vlpfast.ragged import Ragged
 
 START, END = 1, 2
@@ -167,3 +168,81 @@ def test_errors(writer):
         search(writer, banned=(END,))
     with pytest.raises(ValueError, match="'albef' has no text decoder"):
         search(small("albef"))
+
+
+def nucleus(p: list[float], top_p: float) -> list[float]:
+    """The distribution that is drawn from, by a plain loop."""
+    out, held = [0.0] * len(p), 0.0
+    for token in sorted(range(len(p)), key=lambda t: (-p[t], t)):
+        if held < top_p:
+            out[token], held = p[token], held + p[token]
+    return [x / held for x in out]
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.5, 0.9, 1.0])
+def test_draws_share_the_unit_interval_as_the_nucleus_does(top_p):
+    p = [0.02, 0.41, 0.07, 0.0, 0.23, 0.27]
+    steps = 10_007
+    uniform = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    log_p = torch.tensor(p, dtype=torch.float64).log().expand(steps, -1)
+    share = nucleus_draw(log_p, top_p, uniform).bincount(minlength=len(p)).double() / steps
+    expected = torch.tensor(nucleus(p, top_p), dtype=torch.float64)
+    torch.testing.assert_close(share, expected, rtol=0, atol=1.5 / steps)
+    assert share[expected == 0].sum() == 0
+
+
+def test_the_last_draw_is_of_the_nucleus():
+    log_p = torch.tensor([[-torch.inf, 0.0, -1.0, -torch.inf]])
+    assert nucleus_draw(log_p, 1.0, torch.tensor([1 - 2.0**-53], dtype=torch.float64)) == 2
+
+
+@torch.no_grad()
+def test_sampled_words_have_the_nucleus_distribution(writer):
+    """Chi-square of the first word of 500 seeds; words expected less than 5 times are one."""
+    total, top_p = 500, 0.8
+    pictures = images(1).repeat(total, 1, 1, 1)
+    out = writer.generate(
+        pictures, max_tokens=2, start_id=START, end_id=END, seeds=tuple(range(total)), top_p=top_p
+    )
+    words = out.text.values.unflatten(0, (total, 2))[:, 1]
+    p = log_p(writer, 0, [START])[0].softmax(-1, dtype=torch.float64).tolist()
+    expected = torch.tensor(nucleus(p, top_p), dtype=torch.float64) * total
+    drawn = words.bincount(minlength=len(p)).double()
+    assert drawn[expected == 0].sum() == 0
+    often = expected >= 5
+    bins = [(drawn[often], expected[often])]
+    if expected[~often].sum() > 0:
+        bins.append((drawn[~often].sum()[None], expected[~often].sum()[None]))
+    seen, wanted = (torch.cat(parts) for parts in zip(*bins, strict=True))
+    freedom = max(len(seen) - 1, 1)
+    # Six standard deviations of chi-square above its mean.
+    assert ((seen - wanted) ** 2 / wanted).sum() < freedom + 6 * (2 * freedom) ** 0.5
+
+
+def test_a_sampled_text_is_its_seeds(writer):
+    together, _ = search(writer, seeds=(7, 8, 9), top_p=0.9)
+    assert search(writer, 1, seeds=(7,), top_p=0.9)[0] == together[:1]
+    assert search(writer, seeds=(7, 1, 2), top_p=0.9)[0][0] == together[0]
+    assert search(writer, seeds=(7, 8, 9), top_p=0.9, cached=False)[0] == together
+    assert search(writer, seeds=(17, 18, 19), top_p=0.9)[0] != together
+
+
+def test_a_nucleus_of_one_word_is_greedy(writer):
+    greedy, scores = search(writer)
+    drawn, same = search(writer, seeds=(1, 2, 3), top_p=1e-9)
+    assert drawn == greedy
+    assert torch.equal(scores, same)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_p": 0.0, "seeds": (1, 2, 3)}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 0.9}, "top_p 0.9 needs seeds"),
+        ({"seeds": (1, 2, 3), "num_beams": 2}, "num_beams must be 1 with seeds, got 2"),
+        ({"seeds": (1, 2)}, "seeds must be one for each of 3 images, got 2"),
+    ],
+)
+def test_bad_sampling(options, message):
+    with pytest.raises(ValueError, match=message):
+        search(small(WRITERS[0]), **options)

@@ -1,4 +1,4 @@
-"""Writing texts about images: greedy and beam search over a model's `decode`.
+"""Writing texts about images: greedy and beam search, and sampling, over a model's `decode`.
 
 Each step runs one token of every text: its earlier self-attention keys are kept, and the images'
 keys are read by index, one copy for all beams. Nothing waits for the device but the question, every
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlpfast.layers.keys import KeyCache
+from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 
 # Steps between the questions.
@@ -43,6 +44,9 @@ class SearchOptions:
         banned: ids that are never written (padding, masks).
         allowed: (low, high): but for the end token, only ids from low up to high - 1 are written,
             as a box is of location tokens alone. Scores stay those of the whole vocabulary.
+        seeds: one for each image: its text is drawn, not searched, and is a function of its seed
+            whatever the batch, but for a draw that rounding of the logits moves.
+        top_p: in (0, 1], a token is drawn of the fewest most probable ones that hold at least it.
         cached: keep keys; else each step computes all tokens again (for tests).
     """
 
@@ -54,6 +58,8 @@ class SearchOptions:
     length_penalty: float = 1.0
     banned: tuple[int, ...] = ()
     allowed: tuple[int, int] = (0, 2**62)
+    seeds: tuple[int, ...] = ()
+    top_p: float = 1.0
     cached: bool = True
 
     def __post_init__(self) -> None:
@@ -70,6 +76,12 @@ class SearchOptions:
             raise ValueError(f"allowed must be 0 <= low < high, got {self.allowed}")
         if self.end_id in self.banned:
             raise ValueError(f"banned must not hold end_id {self.end_id}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_p < 1 and not self.seeds:
+            raise ValueError(f"top_p {self.top_p} needs seeds, one for each image, got none")
+        if self.seeds and self.num_beams != 1:
+            raise ValueError(f"num_beams must be 1 with seeds, got {self.num_beams}")
 
 
 @torch.no_grad()
@@ -91,8 +103,13 @@ def generate(
 
     Source: beam search as Wu et al. 2016, section 7, arXiv:1609.08144, with the score of
         transformers' `length_penalty`; a search ends where no live beam can pass the ended ones.
+        Nucleus sampling as Holtzman et al. 2020, section 3.1, arXiv:1904.09751.
     """
-    search = _greedy if options.num_beams == 1 else _beams
+    if options.seeds and len(options.seeds) != num_images:
+        raise ValueError(
+            f"seeds must be one for each of {num_images} images, got {len(options.seeds)}"
+        )
+    search = _one_text if options.num_beams == 1 else _beams
     return search(_Writer(model, keys, num_images, options, prompt), options)
 
 
@@ -143,14 +160,42 @@ class _Writer:
             self.cache.select(rows)
 
 
-def _greedy(writer: _Writer, options: SearchOptions) -> Generated:
+def nucleus_draw(log_p: Tensor, top_p: float, uniform: Tensor) -> Tensor:
+    """One token of each row of log_p (R, V), -inf where none may be: (R,) int64.
+
+    Of p = softmax(log_p), sorted from the most probable (ties by id), the fewest tokens whose sum
+    is at least `top_p` share the unit interval by their p; the token where uniform (R,) in [0, 1)
+    falls is drawn. Computed in fp64.
+    """
+    p, order = log_p.softmax(-1, dtype=torch.float64).sort(stable=True, dim=-1, descending=True)
+    ends = p.cumsum(-1)
+    # Tokens of no probability are no part of the nucleus, though rounding leaves ends below 1.
+    kept = ((ends - p < top_p) & (p > 0)).sum(-1, keepdim=True).clamp(min=1)
+    aim = uniform.double()[:, None] * ends.gather(1, kept - 1)
+    place = torch.minimum((ends <= aim).sum(-1, keepdim=True), kept - 1)
+    return order.gather(1, place)[:, 0]
+
+
+def _uniforms(options: SearchOptions, device: torch.device) -> Tensor:
+    """(B, L) of [0, 1): token t of the text with seed s is drawn by the hash of (s, t)."""
+    bits = [[fold_seed(seed, t) >> 10 for t in range(options.max_tokens)] for seed in options.seeds]
+    return torch.tensor(bits, dtype=torch.float64, device=device) * 2.0**-53
+
+
+def _one_text(writer: _Writer, options: SearchOptions) -> Generated:
     tokens = writer.start
+    uniforms = _uniforms(options, tokens.device) if options.seeds else None
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     lens, total = torch.ones_like(tokens[:, 0]), torch.zeros_like(tokens[:, 0], dtype=torch.float32)
     for length in range(1, options.max_tokens):
         if length % _ASK_EVERY == 0 and bool(ended.all()):
             break
-        best, word = writer.log_p(tokens[:, :length]).max(-1)
+        log_p = writer.log_p(tokens[:, :length])
+        if uniforms is None:
+            best, word = log_p.max(-1)
+        else:
+            word = nucleus_draw(log_p, options.top_p, uniforms[:, length])
+            best = log_p.gather(1, word[:, None])[:, 0]
         tokens[:, length] = torch.where(ended, options.end_id, word)
         total = torch.where(ended, total, total + best)
         lens += ~ended
