@@ -20,7 +20,7 @@ NEEDS = {
     "mrckl": ("region heads", "a background class"),
     "mra": ("region heads", "an attribute head"),
     "qa": ("a fusion tower", "an answer head"),
-    "mtm": ("one stack for both", "a token head"),
+    "mtm": ("a stack that reads texts alone", "a token head"),
     "lm": ("a text decoder",),
     "mim": ("a code head",),
     "mvm": ("image tokens that read the text", "a code head"),
