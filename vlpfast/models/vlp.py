@@ -186,7 +186,7 @@ class VLPModel(Heads):
         stack serves both modalities its states on images alone.
         """
         if self.config.fusion.class_token:
-            return self.vision.norm(tokens)[0]
+            return self.vision.norm.plain(tokens)
         if not self.config.one_stack:
             return tokens
         alone = self.fusion.alone(self.fusion.image_keys(tokens), "image")
@@ -196,7 +196,7 @@ class VLPModel(Heads):
         """What the text tower makes of texts, any (..., D) of `encode_text`'s tokens: as
         `image_states`, of a model with a stack of its own for texts.
         """
-        return self.text.norm(tokens)[0] if self.config.fusion.class_token else tokens
+        return self.text.norm.plain(tokens) if self.config.fusion.class_token else tokens
 
     def _embed_alone(
         self, part: Ragged, modality: Literal["text", "image"], seed: int
