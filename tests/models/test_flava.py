@@ -70,6 +70,17 @@ def test_the_class_token_reads_its_own_pair_alone(tower):
     assert tower.class_token.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiles_whole(tower):
+    text, images, kv_index = packed([3, 1, 5], 20), torch.randn(2, 4, 12), torch.tensor([1, 0, 1])
+    run = lambda: tower(text, tower.image_keys(images), kv_index)
+    expected, out = run(), torch.compile(run, fullgraph=True, backend="aot_eager")()
+    for mine, other in ((out.text, expected.text), (out.image, expected.image)):
+        torch.testing.assert_close(mine.values, other.values)
+        assert mine.cu_seqlens.equal(other.cu_seqlens)
+
+
 @torch.no_grad()
 def test_matching_reads_the_class_token(model):
     text = model.encode_text(Ragged.from_lists(TEXTS)).tokens
@@ -128,6 +139,7 @@ def test_base_has_the_published_size():
     assert bare + 3 * count(model.pooler) == pytest.approx(241.36, abs=0.01)
     assert count(model.token_head) == pytest.approx(24.06, abs=0.01)
     assert count(model.code_head) == pytest.approx(6.89, abs=0.01)
+    assert count(model) == pytest.approx(271.13, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +147,7 @@ def test_base_has_the_published_size():
     [
         ("fusion", {"kind": "cross"}, "needs fusion.kind 'concat'.*got 'cross'"),
         ("fusion", {"experts": "mome"}, "needs .*got 'concat', 'mome' and 128"),
+        ("vision", {"front": "grid"}, "vision.front 'patches'.*got 'grid' and 0"),
         ("text", {"norm": "post"}, "text.norm 'pre' or 'sub'.*got 4, 'post' and 'first'"),
         ("vision", {"pool": "mean"}, "vision.pool 'first', got 4, 'pre' and 'mean'"),
         ("text", {"depth": 0}, "text.depth > 0.*got 0, 'pre' and 'first'"),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.objectives.test_experts_step import batch
+from vlpfast import ops
 from vlpfast.models import create_model
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
 from vlpfast.objectives.matching import mixed_images
@@ -85,6 +86,26 @@ def test_losses_are_those_of_rows_alone(names):
     assert out.losses.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(out.losses[name][0], value, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_alignment_passes_over_both_class_tokens():
+    names = {"itc": 0.0, "itm": 1.0, "wra": 1.0}
+    objectives = ObjectivesConfig(**names, itm_negatives="random", wra_tokens="inner")
+    step, data = flava_step(objectives, codes=0).eval(), batch()
+    model, mixed = step.model, mixed_images(data, step.seed)
+    keys = model.image_keys(model.encode_image(data.images).tokens)
+    fused = model.fuse_pairs(model.encode_text(data.text).tokens, keys, mixed)
+    expected = 0.0
+    for row in range(len(data)):
+        words, places = (
+            part.select(torch.tensor([row])).values for part in (fused.text, fused.image)
+        )
+        distance = ops.ipot(words[None, 1:-1], places[None, 2:]).distance[0]
+        same = data.image_ids[mixed[row]] == data.image_ids[row]
+        expected += distance if same else -distance
+    loss, _ = step(data, seed=0, step=0).losses["wra"]
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_text_towers_of_other_presets_model_texts_alone():

@@ -147,13 +147,15 @@ def _check_class_token(model: ModelConfig) -> None:
             "fusion.class_token needs fusion.kind 'concat', fusion.experts 'shared' and "
             f"embed_dim > 0, got {fusion.kind!r}, {fusion.experts!r} and {model.embed_dim}"
         )
-    whole = vision.front == "patches" and text.kind == "transformer" and not vision.head_layers
+    if vision.front != "patches" or vision.head_layers:
+        raise ValueError(
+            "fusion.class_token needs vision.front 'patches' and vision.head_layers 0, got "
+            f"{vision.front!r} and {vision.head_layers}"
+        )
     for name, stack in (("vision", vision), ("text", text)):
-        whole = whole and stack.depth and stack.norm != "post" and stack.pool == "first"
-        if not whole:
+        if not stack.depth or stack.norm == "post" or stack.pool != "first":
             raise ValueError(
-                "fusion.class_token is over transformers of patches (without vision.head_layers) "
-                "and of words whose last norm comes after what fusion reads: "
+                "fusion.class_token is over towers that normalise after what fusion reads: "
                 f"{name}.depth > 0, {name}.norm 'pre' or 'sub', {name}.pool 'first', got "
                 f"{stack.depth}, {stack.norm!r} and {stack.pool!r}"
             )

@@ -40,7 +40,7 @@ def scenes(*, steps: int = 1600) -> RunConfig:
         config,
         name="flava_scenes",
         model=clip.narrow(model),
-        objectives=clip.mostly_words(_WORDS, 0.5),
+        objectives=replace(_WORDS, mlm_probability=0.5),
         data=clip.SCENES_IN_FULL,
         optim=replace(config.optim, lr=1.5e-3, warmup=100),
         train=replace(config.train, batch_size=32, steps=steps, precision="amp_bf16", threads=1),
