@@ -30,7 +30,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 1600) -> RunConfig:
+def scenes(*, steps: int = 600) -> RunConfig:
     """`tiny`, 128 wide, on the embedded data, without masked images, and so without a tokenizer:
     minutes on one core.
     """
