@@ -22,6 +22,7 @@ from vlpfast.models.config import ModelConfig
 from vlpfast.objectives import ObjectivesConfig, PretrainStep, matching
 from vlpfast.ragged import Ragged
 from vlpfast.recipes import (
+    flava,
     kmeans,
     lxmert,
     metalm,
@@ -38,6 +39,7 @@ from vlpfast.train.distributed import World
 CASES = {
     "align": ObjectivesConfig(label_smoothing=0.1),
     "clip": ObjectivesConfig(),
+    "flava": flava.OBJECTIVES,
     "flip": ObjectivesConfig(),
     "kmeans": kmeans.OBJECTIVES,
     "lxmert": lxmert.ALL,
@@ -100,6 +102,10 @@ def batch_of(number: int, rank: int, world: int, preset: str) -> Batch:
     attributes = torch.rand(len(regions.boxes), 5, generator=generator).softmax(1)
     regions = replace(regions, attributes=attributes)
     masked = mask_regions(regions, probability=0.4, seed=3, positions=whole.positions)
+    # The last word of each text.
+    last = whole.text.last() - 1
+    alone = whole.text.with_values(whole.text.values.index_fill(0, last, 3))
+    labels = torch.full_like(whole.text.values, -100).index_copy(0, last, whole.text.values[last])
     codes, hidden = integers(CODES, ROWS, PATCHES), integers(PATCHES, ROWS, 1)
     classes = torch.tensor([2, 0, -100, 1, 2, 1])
     own = torch.arange(rank, ROWS, world)
@@ -115,6 +121,8 @@ def batch_of(number: int, rank: int, world: int, preset: str) -> Batch:
         answer_ids=torch.tensor([2, -100, 0, 1, -100, 2])[own],
         class_ids=classes[own],
         class_names=NAMES,
+        masked_alone=alone.select(own),
+        alone_labels=whole.text.with_values(labels).select(own).values,
         sizes=shapes[own] if preset == "vilt" and number else None,
     )
     return drawing(share, number) if preset == "unified-io" else share

@@ -27,7 +27,8 @@ class Matcher(nn.Module):
         self.images_projected += len(tokens)
         return (tokens @ self.key).mean(1)
 
-    def fuse(self, text: Ragged, keys: Tensor, kv_index: Tensor) -> Ragged:
+    def fuse_pairs(self, text: Ragged, keys: Tensor, kv_index: Tensor, images: bool) -> Ragged:
+        assert not images
         self.pairs_fused += len(text)
         self.largest_call = max(self.largest_call, len(text))
         return text.with_values((text.values + keys[kv_index][text.row_ids()]).tanh())
@@ -48,10 +49,11 @@ def problem(image_ids: list[int], text_ids: list[int]):
 
 
 def one_pair(model: Matcher, tokens: Tensor, text: Ragged, image: int, row: int) -> float:
-    fused = model.fuse(
+    fused = model.fuse_pairs(
         text.select(torch.tensor([row])),
         model.image_keys(tokens[image : image + 1]),
         torch.tensor([0]),
+        images=False,
     )
     logits = model.match(fused)[0]
     return float(logits[1] - logits[0])

@@ -34,7 +34,8 @@ def tower():
 
 def alone(tower: ConcatTower, words: torch.Tensor, places: torch.Tensor, visible: torch.Tensor):
     """The tower on one pair, dense, with an explicit mask: words (M, D), places (N, D)."""
-    x = torch.cat([words + tower.modality[0], places + tower.modality[1]])
+    types = tower.modality if tower.modality is not None else torch.zeros(2, 1)
+    x = torch.cat([words + types[0], places + types[1]])
     for block in tower.blocks:
         normed = block.norm1(x)[0]
         q, k, v = (

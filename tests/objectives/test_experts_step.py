@@ -50,7 +50,7 @@ def test_pairs_and_texts_alone_go_through_one_call():
     step, rows = beit3_step().train(), []
     step.model.fusion.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
     out = step(batch(), seed=0, step=0)
-    assert Plan.of(MASKED).fusion == (Rows.MASKED, Rows.MASKED_TEXT_ALONE)
+    assert Plan.of(MASKED, one_stack=True).fusion == (Rows.MASKED, Rows.MASKED_TEXT_ALONE)
     assert rows == [10]
     assert out.losses.keys() == step.weights.keys() == {"mlm", "mtm"}
     assert [int(count) for _, count in out.losses.values()] == [5, 5]
@@ -262,7 +262,7 @@ def test_contrast_trains_everything():
 
 def test_what_presets_cannot_serve():
     clip = create_model("clip", "tiny", vocab_size=50, image_size=16)
-    with pytest.raises(ValueError, match=r"mtm needs one stack for both.*'beit3'"):
+    with pytest.raises(ValueError, match=r"mtm needs a stack that reads texts alone.*'beit3'"):
         PretrainStep(clip, replace(MASKED, mlm=0.0))
     albef = create_model("albef", "tiny", vocab_size=50, image_size=16)
     with pytest.raises(ValueError, match="mlm_causal needs one stack for both"):

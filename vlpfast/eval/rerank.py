@@ -31,7 +31,7 @@ def score_pairs(
     The difference is the log-odds of the matching probability, and orders pairs as that does.
 
     Args:
-        model: in eval mode, with `image_keys`, `fuse`, `match`.
+        model: in eval mode, with `image_keys`, `fuse_pairs`, `match`.
         image_batches: (rows (n,), tokens (n, N, D)) of all images, in any order.
         text_tokens: T texts as `encode_text` returns them.
         pair_image (P,): int64 image row of each pair, ascending.
@@ -59,7 +59,8 @@ def score_pairs(
         for pairs, kv_index in zip(
             pair_ids.split(pairs_per_call), local.split(pairs_per_call), strict=True
         ):
-            fused = model.fuse(text_tokens.select(pair_text[pairs]), keys, kv_index)
+            rows = text_tokens.select(pair_text[pairs])
+            fused = model.fuse_pairs(rows, keys, kv_index, images=False)
             logits = model.match(fused).float()
             scores[pairs] = logits[:, 1] - logits[:, 0]
     missing = pair_image[scores.isnan()]

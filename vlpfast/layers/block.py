@@ -98,6 +98,10 @@ class ResidualNorm(nn.Module):
         )
         return out.normed, out.residual
 
+    def plain(self, x: Tensor) -> Tensor:
+        """LayerNorm(x): nothing is added or dropped."""
+        return residual_norm(x, None, self.weight, self.bias, eps=self.eps).normed
+
 
 class ScaledLinear(nn.Linear):
     """LayerScale on a linear map: scale * (x W^T + b), `scale` one learned number an output.

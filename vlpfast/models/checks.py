@@ -39,6 +39,7 @@ def check_model(model: ModelConfig) -> None:
             f"got {model.vision.dim}"
         )
     _check_co(model)
+    _check_class_token(model)
     if model.fusion.kind in ("prefix", "seq2seq"):
         if not model.fusion.causal or model.text.depth:
             raise ValueError(
@@ -135,6 +136,29 @@ def _check_co(model: ModelConfig) -> None:
             f"vision.dim must be fusion.dim {fusion.dim} where fusion.tied shares weights, "
             f"got {vision.dim}"
         )
+
+
+def _check_class_token(model: ModelConfig) -> None:
+    fusion, vision, text = model.fusion, model.vision, model.text
+    if not fusion.class_token:
+        return
+    if fusion.kind != "concat" or fusion.experts != "shared" or not model.embed_dim:
+        raise ValueError(
+            "fusion.class_token needs fusion.kind 'concat', fusion.experts 'shared' and "
+            f"embed_dim > 0, got {fusion.kind!r}, {fusion.experts!r} and {model.embed_dim}"
+        )
+    if vision.front != "patches" or vision.head_layers:
+        raise ValueError(
+            "fusion.class_token needs vision.front 'patches' and vision.head_layers 0, got "
+            f"{vision.front!r} and {vision.head_layers}"
+        )
+    for name, stack in (("vision", vision), ("text", text)):
+        if not stack.depth or stack.norm == "post" or stack.pool != "first":
+            raise ValueError(
+                "fusion.class_token is over towers that normalise after what fusion reads: "
+                f"{name}.depth > 0, {name}.norm 'pre' or 'sub', {name}.pool 'first', got "
+                f"{stack.depth}, {stack.norm!r} and {stack.pool!r}"
+            )
 
 
 def _check_sharing(model: ModelConfig) -> None:

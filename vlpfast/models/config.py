@@ -67,6 +67,7 @@ class ModelConfig:
             it to the data's.
         codes: of how many codes it predicts those of hidden patches (BEiT), 0: of none; training
             sets it to the tokenizer's.
+        code_transform: whether the head of codes has BERT's transform (FLAVA).
         color_head: whether it predicts the mean colour of hidden patches (ViLT's MPP).
         codebook: of a model that is a tokenizer.
         image_mean, image_std: per channel, of pixels scaled to [0, 1].
@@ -89,6 +90,7 @@ class ModelConfig:
     region_heads: bool = False
     answers: int = 0
     codes: int = 0
+    code_transform: bool = False
     color_head: bool = False
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     projection_bias: bool = False
@@ -132,6 +134,7 @@ class ModelConfig:
             "fused image tokens": self.joins_tokens,
             "image tokens that read the text": self.joins_tokens or self.fusion.kind == "co",
             "one stack for both": self.one_stack,
+            "a stack that reads texts alone": self.one_stack or self._encodes_texts,
             "a token head": self.mlm_head or self.shared,
             "region heads": self.region_heads,
             "a region feature head": self.region_heads and self.vision.region_kind != "vilbert",
@@ -146,6 +149,13 @@ class ModelConfig:
             "k-means centres": self.codebook.size > 0 and self.codebook.kind == "kmeans",
         }
         return tuple(part for part, present in has.items() if present)
+
+    @property
+    def _encodes_texts(self) -> bool:
+        """Whether a text tower gives what it makes of every word, which has seen all others."""
+        text = self.text
+        both_ways = text.kind == "transformer" and text.depth > 0 and not text.causal
+        return both_ways and not self.fusion.shares_text
 
     @property
     def joins_tokens(self) -> bool:

@@ -160,6 +160,44 @@ class ConcatTower(nn.Module):
         return layout
 
 
+class ClassTower(ConcatTower):
+    """Blocks over sequences with a class token of their own, which stands before the image's, of
+    towers' states that a linear map each brings there (FLAVA).
+
+    Source: Singh et al. 2022 (FLAVA), section 3.1, arXiv:2112.04482; transformers
+    models/flava/modeling_flava.py, by which the states are those before the towers' last norms.
+    Deviation: texts stand before images, which changes no number: no position is added here.
+    """
+
+    def __init__(self, config: FusionConfig, image_dim: int, text_dim: int) -> None:
+        super().__init__(config)
+        self.image_map = nn.Linear(image_dim, config.dim)
+        self.text_map = nn.Linear(text_dim, config.dim)
+        self.class_token = nn.Parameter(torch.empty(config.dim))
+
+    def image_keys(self, image_tokens: Tensor) -> Ragged:
+        """Image tokens (B, N, D_image) -> packed tokens (B * (1 + N), D), class token first."""
+        tokens = self.image_map(image_tokens)
+        first = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+        return Ragged.from_dense(torch.cat([first, tokens], 1))
+
+    def forward(
+        self,
+        text: Ragged,
+        keys: Ragged,
+        kv_index: Tensor,
+        seed: int = 0,
+        *,
+        text_blocks: Tensor | None = None,
+        cache: KeyCache | None = None,
+    ) -> FusedOutput:
+        """As `ConcatTower`, `text` as its tower gives it; each image's first token is the class
+        token.
+        """
+        text = text.with_values(self.text_map(text.values))
+        return super().forward(text, keys, kv_index, seed, text_blocks=text_blocks, cache=cache)
+
+
 # What a causal decoder has of its own: BERT's attention with the norm that belongs to it.
 _OF_SELF_ATTENTION = ("attention", "norm1")
 _OF_TEXT = (*_OF_SELF_ATTENTION, "mlp", "norm2")

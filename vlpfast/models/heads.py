@@ -126,7 +126,11 @@ class Heads(nn.Module):
         self.answer_head = (
             AnswerHead(width, config.answers, fusion.norm_eps) if config.answers else None
         )
-        self.code_head = nn.Linear(vision.dim, config.codes) if config.codes else None
+        self.code_head = None
+        if config.codes and config.code_transform:
+            self.code_head = TokenHead(vision.dim, config.codes, vision.norm_eps, tied=False)
+        elif config.codes:
+            self.code_head = nn.Linear(vision.dim, config.codes)
         # 256 values of each of three channels.
         self.color_head = nn.Linear(vision.dim, 3 * 256) if config.color_head else None
         self.tokenizer = _tokenizer(config)
@@ -204,19 +208,31 @@ class Heads(nn.Module):
                 self.joint_heads.scale.clamp_(*bounds)
 
     def match(self, fused: Ragged | FusedOutput, rows: int | None = None) -> Tensor:
-        """Image-text matching logits (R, 2) from the first token of each row (or of the first
-        `rows`); index 1 says "they match". A model with `fusion.pair_pooler` needs both streams.
+        """Image-text matching logits (R, 2) from `first_tokens` of each row (or of the first
+        `rows`); index 1 says "they match".
+        """
+        return self.match_logits(*self.first_tokens(fused, rows))
+
+    def first_tokens(
+        self, fused: Ragged | FusedOutput, rows: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What heads of pairs read of each fused row (or of the first `rows`): the first text token
+        (R, D), or fusion's class token; and with `fusion.pair_pooler` the first image token
+        (R, D_image), else None. Models with either need both streams.
         """
         text, image = (fused, None) if isinstance(fused, Ragged) else (fused.text, fused.image)
-        first = text.values[text.first()[:rows]]
-        if self.image_pooler is None:
-            return self.match_logits(first)
+        reads_image = self.image_pooler is not None or self.config.fusion.class_token
+        if not reads_image:
+            return text.values[text.first()[:rows]], None
         if image is None:
             raise ValueError(
                 f"match of preset {self.config.preset!r} reads the fused image tokens too: give "
                 "what fuse_pairs returns"
             )
-        return self.match_logits(first, image.values[image.first()[:rows]])
+        first_place = image.values[image.first()[:rows]]
+        if self.config.fusion.class_token:
+            return first_place, None
+        return text.values[text.first()[:rows]], first_place
 
     def match_logits(self, first_tokens: Tensor, first_places: Tensor | None = None) -> Tensor:
         """`match` on first tokens (R, D), and where the model pools images (R, D_image), already
@@ -265,11 +281,13 @@ class Heads(nn.Module):
         return tokens[:, -self.config.num_patches :]
 
     def code_head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (n, D), weight (K, D) and bias (K,) of the code head: what
-        `ops.linear_cross_entropy` takes.
+        """Hidden states (n, D), transformed where the head does, its weight (K, D) and bias (K,):
+        what `ops.linear_cross_entropy` takes.
         """
         self._need(self.code_head, "a code head")
-        return hidden, self.code_head.weight, self.code_head.bias
+        head = self.code_head
+        hidden = head(hidden) if isinstance(head, TokenHead) else hidden
+        return hidden, head.weight, head.bias
 
     def code_logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., K) of codes from hidden states (..., D)."""

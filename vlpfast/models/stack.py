@@ -82,8 +82,21 @@ def final_norm(config: StackConfig) -> ResidualNorm | None:
     return ResidualNorm(config.dim, config.norm_eps, config.dropout)
 
 
-def finish(norm: ResidualNorm | None, branch: Tensor | None, residual: Tensor, seed: int) -> Tensor:
-    return residual if norm is None else norm(branch, residual, fold_seed(seed, -1))[0]
+def finish(
+    norm: ResidualNorm | None,
+    branch: Tensor | None,
+    residual: Tensor,
+    seed: int,
+    *,
+    bare: bool = False,
+) -> Tensor:
+    """What a stack gives: its last sum, which the norm of a stack that has one normalises, unless
+    it is wanted `bare`.
+    """
+    if norm is None:
+        return residual
+    normed, summed = norm(branch, residual, fold_seed(seed, -1))
+    return summed if bare else normed
 
 
 @torch.no_grad()
@@ -100,7 +113,7 @@ def init_tower(tower: nn.Module, config: StackConfig) -> None:
         ("qkv.weight", "q.weight", "kv.weight"): 0.02 if post else width**-0.5,
         ("out.weight", "fc2.weight"): 0.02 if post else (2 * depth * width) ** -0.5,
         ("fc1.weight",): 0.02 if post else (2 * width) ** -0.5,
-        ("tag.weight", "expert.weight"): inputs,
+        ("tag.weight", "expert.weight", "_map.weight"): inputs,
         ("embedding.token", "token_type", "class_token", "mask_token", "modality"): 0.02,
         (".kind", "probe", "start"): 0.02,
         (".query",): 1.0,

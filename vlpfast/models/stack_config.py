@@ -225,6 +225,9 @@ class FusionConfig(StackConfig):
             decodes and has no matching head ("cross", CoCa; "prefix" and "seq2seq" must be).
         shares_text: the blocks are the text tower's own with cross-attention added, and read
             embedded tokens from a task token on (BLIP).
+        class_token: of "concat" over towers, a learned token stands in the sequence too, which the
+            matching head reads, and a linear map each brings there what the towers give before
+            their last norms (FLAVA).
         key_norm: a LayerNorm for each layer before images' keys and values (open_clip's CoCa).
         mlp_between: an MLP before cross-attention too (open_clip's CoCa).
         moe_experts: of every second block from the first, experts in MLP and self-attention, of
@@ -241,6 +244,7 @@ class FusionConfig(StackConfig):
     key_bias: bool = True
     causal: bool = False
     shares_text: bool = False
+    class_token: bool = False
     key_norm: bool = False
     mlp_between: bool = False
     moe_experts: int = 0

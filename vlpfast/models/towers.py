@@ -55,7 +55,7 @@ def _front_end(config: VisionConfig, model: ModelConfig) -> nn.Module:
 
 class VisionTower(nn.Module):
     """uint8 images -> tokens (B, 1 + K, D), class token first (a grid has none, nor has SigLIP),
-    normalised. Regions -> packed tokens (T, D).
+    normalised, but where fusion has a class token. Regions -> packed tokens (T, D).
     """
 
     def __init__(self, config: VisionConfig, model: ModelConfig) -> None:
@@ -64,7 +64,7 @@ class VisionTower(nn.Module):
         self.embed_norm = ResidualNorm(config.dim, config.norm_eps) if config.embed_norm else None
         self.relative_bias = _relative_bias(config, model)
         self.blocks = make_blocks(config)
-        self.norm = final_norm(config)
+        self.norm, self.bare = final_norm(config), model.fusion.class_token
         self.early_layers = config.early_layers if config.early_layers <= config.depth else 0
         early, head = config.early_layers, config.head_layers
         self.head_blocks = make_blocks(
@@ -128,7 +128,7 @@ class VisionTower(nn.Module):
         if early:
             out, last = self.norm(*state, fold_seed(seed, -1))
             return out, self._class_head(torch.cat([last[:, :1], patches], 1), layouts, seed)
-        out = finish(self.norm, *state, seed)
+        out = finish(self.norm, *state, seed, bare=self.bare)
         if self.queries is not None:
             out = self.queries(out)
         return (out if packed is None else packed.with_values(out)), None
@@ -179,11 +179,11 @@ class PatchDecoder(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Packed token ids -> packed tokens (T, D); with `pool` "appended" each sequence has its class
-    token at the end, and only that is normalised.
+    """Packed token ids -> packed tokens (T, D), normalised unless `bare`; with `pool` "appended"
+    each sequence has its class token at the end, and only that is normalised.
     """
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, bare: bool = False) -> None:
         super().__init__()
         appended = config.pool == "appended"
         self.embedding = TokenEmbedding(
@@ -197,7 +197,7 @@ class TextTower(nn.Module):
         )
         self.class_token = nn.Parameter(torch.empty(config.dim)) if appended else None
         self.pooled = config.pool
-        self.causal = config.causal
+        self.causal, self.bare = config.causal, bare
         self.blocks = make_blocks(config)
         self.norm = final_norm(config)
 
@@ -226,7 +226,7 @@ class TextTower(nn.Module):
         if leaving is not None:
             text = Ragged(residual, leaving.layout.cu_seqlens, 1)
         if self.class_token is None:
-            return text.with_values(finish(self.norm, branch, residual, seed))
+            return text.with_values(finish(self.norm, branch, residual, seed, bare=self.bare))
         out = residual + branch
         if cache is None:
             last = text.last()

@@ -16,7 +16,14 @@ from vlpfast.models.co import CoTower
 from vlpfast.models.config import ModelConfig, TextConfig
 from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.experts import ExpertTower
-from vlpfast.models.fusion import ConcatTower, FusionTower, ImageKeys, share_text, tied_decoder
+from vlpfast.models.fusion import (
+    ClassTower,
+    ConcatTower,
+    FusionTower,
+    ImageKeys,
+    share_text,
+    tied_decoder,
+)
 from vlpfast.models.generate import Generated, SearchOptions, generate
 from vlpfast.models.heads import Heads, unit
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
@@ -43,7 +50,7 @@ class VLPModel(Heads):
         self.config = config
         vision, text, fusion = config.vision, config.text, config.fusion
         self.vision = (CnnTower if vision.front == "cnn" else VisionTower)(vision, config)
-        self.text = _text_tower(text)
+        self.text = _text_tower(text, bare=fusion.class_token)
         self.fusion = _fusion_tower(config)
         self.decoder = None
         if fusion.shares_text:
@@ -142,7 +149,8 @@ class VLPModel(Heads):
             packed = self.fusion.image_keys(embedded)
             own, joint = self._embed_alone(packed, "image", seed)
             return ImageOutput(tokens, own, joint_embedding=joint)
-        pooled = self.vision.pool(embedded)
+        # Pooling comes before a norm only where it takes the class token.
+        pooled = self.image_states(self.vision.pool(embedded))
         if self.config.vision.unit_features:
             pooled = unit(pooled).to(pooled.dtype)
         embedding = unit(self.image_projection(pooled))
@@ -182,7 +190,7 @@ class VLPModel(Heads):
         if config.one_stack:
             return TextOutput(fused, *self._embed_alone(tokens, "text", seed))
         places = tokens.first() if config.text.pool == "first" else tokens.last()
-        embedding = unit(self.text_projection(tokens.values[places]))
+        embedding = unit(self.text_projection(self.text_states(tokens.values[places])))
         return TextOutput(fused if with_tokens else None, embedding)
 
     def _pooled_only(self, tower: nn.Module, wants_tokens: bool) -> dict[str, bool]:
@@ -193,12 +201,21 @@ class VLPModel(Heads):
 
     def image_states(self, tokens: Tensor) -> Tensor:
         """What the image tower makes of images (B, N, D), from `encode_image`'s tokens: themselves,
-        or where one stack serves both modalities its states on images alone.
+        or normalised where fusion reads them before the last norm (any (..., D) then), or where one
+        stack serves both modalities its states on images alone.
         """
+        if self.config.fusion.class_token:
+            return self.vision.norm.plain(tokens)
         if not self.config.one_stack:
             return tokens
         alone = self.fusion.alone(self.fusion.image_keys(tokens), "image")
         return alone.values.unflatten(0, tokens.shape[:2])
+
+    def text_states(self, tokens: Tensor) -> Tensor:
+        """What the text tower makes of texts, any (..., D) of `encode_text`'s tokens: as
+        `image_states`, of a model with a stack of its own for texts.
+        """
+        return self.text.norm.plain(tokens) if self.config.fusion.class_token else tokens
 
     def _embed_alone(
         self, part: Ragged, modality: Literal["text", "image"], seed: int
@@ -369,10 +386,10 @@ class VLPModel(Heads):
         return text.with_values(self.text.embedding(text, start))
 
 
-def _text_tower(config: TextConfig) -> TextTower | GruTower | None:
+def _text_tower(config: TextConfig, bare: bool) -> TextTower | GruTower | None:
     if config.kind == "none":
         return None
-    return (GruTower if config.kind == "gru" else TextTower)(config)
+    return GruTower(config) if config.kind == "gru" else TextTower(config, bare)
 
 
 def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | CoTower | None:
@@ -389,6 +406,8 @@ def _fusion_tower(model: ModelConfig) -> FusionTower | ConcatTower | CoTower | N
         return Seq2SeqTower(config, model.vision)
     if config.kind == "prefix":
         return PrefixTower(config, model.vision.dim)
+    if config.class_token:
+        return ClassTower(config, model.vision.dim, model.text.dim)
     return ConcatTower(config) if config.kind == "concat" else FusionTower(config, model.vision.dim)
 
 

@@ -68,12 +68,12 @@ def _hidden_patches(passes: Passes, rows: Rows | None) -> list[Tensor]:
     if rows is None:
         tokens = [image.tokens] if image.class_head is None else [image.tokens, image.class_head]
         tokens = [t[size if plan.clean_image else 0 :] for t in tokens]
-        return [passes.model.patches(t).take_along_dim(ids, 1) for t in tokens]
-    fused, config = passes.fused.image, passes.model.config
-    length = config.num_patches + config.vision.num_first
-    starts = torch.arange(size, device=ids.device)[:, None] * length
-    first = fused.cu_seqlens[plan.first_sequence(rows, size)]
-    return [fused.values[first + starts + ids[..., 0] + config.vision.num_first]]
+        tokens = [passes.model.patches(t).take_along_dim(ids, 1) for t in tokens]
+        return [passes.model.image_states(tokens[0]), *tokens[1:]]
+    fused = passes.fused.image
+    # Patches are an image's last tokens, whatever stands before them.
+    ends = fused.cu_seqlens[plan.sequences(rows, size, ids.device) + 1][:, None]
+    return [fused.values[ends - passes.model.config.num_patches + ids[..., 0]]]
 
 
 def kmeans(passes: Passes) -> Loss:

@@ -26,7 +26,8 @@ class ObjectivesConfig:
         mlm: masked language modelling on the text that reads its image; with `mlm_causal` a word
             sees earlier words only, and an image no words (BEiT-3's captioning).
         mtm: masked text modelling: the same on texts alone, `mtm_probability` of whose tokens are
-            masked (VLMo's second stage, BEiT-3).
+            masked, by the one stack of both modalities (VLMo's second stage, BEiT-3) or by the text
+            tower (FLAVA).
         lm: each next token of a caption, by the decoder that reads the image; `lm_label_smoothing`
             of its targets.
         wra: word-region alignment of the pairs that random matching sees, by optimal transport;

@@ -146,7 +146,8 @@ class Guide:
         """(B, P, E): the tower's patches, in the joint space where its pooled token goes there by a
         linear map alone (CLIP).
         """
-        patches = self.model.patches(self.model.encode_image(images).tokens)
+        states = self.model.image_states(self.model.encode_image(images).tokens)
+        patches = self.model.patches(states)
         return self.model.image_projection(patches) if self._projects else patches
 
     @property

@@ -26,21 +26,33 @@ def mlm(passes: Passes) -> Loss:
                 "teacher": passes.teacher.model.token_head_inputs(hidden),
                 "alpha": passes.alpha,
             }
-    return _word_loss(passes, Rows.MASKED, masked, labels[masked], **distillation)
+    hidden = _fused_words(passes, Rows.MASKED, masked)
+    return _word_loss(passes, hidden, labels[masked], **distillation)
 
 
 def mtm(passes: Passes) -> Loss:
-    """Masked text modelling: the same on texts alone."""
+    """Masked text modelling: the same on texts alone, by the stack that reads them alone."""
     labels = passes.batch.alone_labels
     masked = (labels != -100).nonzero().squeeze(1)
-    return _word_loss(passes, Rows.MASKED_TEXT_ALONE, masked, labels[masked])
+    if passes.model.config.one_stack:
+        hidden = _fused_words(passes, Rows.MASKED_TEXT_ALONE, masked)
+    else:
+        tokens, before = passes.student.text.tokens, 1 + passes.plan.masked_text
+        start = tokens.cu_seqlens[before * len(passes.batch)]
+        hidden = passes.model.text_states(tokens.values[start + masked])
+    return _word_loss(passes, hidden, labels[masked])
 
 
-def _word_loss(passes: Passes, rows: Rows, places: Tensor, target: Tensor, **options) -> Loss:
-    """Cross-entropy with the ids `target` (n,) at `places` (n,) of the texts of `rows`."""
+def _fused_words(passes: Passes, rows: Rows, places: Tensor) -> Tensor:
+    """Fused tokens (n, D) at `places` (n,) of the texts of `rows`."""
     fused = passes.fused.text
     start = fused.cu_seqlens[passes.plan.first_sequence(rows, len(passes.batch))]
-    hidden, weight, bias = passes.model.token_head_inputs(fused.values[start + places])
+    return fused.values[start + places]
+
+
+def _word_loss(passes: Passes, hidden: Tensor, target: Tensor, **options) -> Loss:
+    """Cross-entropy of what states (n, D) predict with the ids `target` (n,)."""
+    hidden, weight, bias = passes.model.token_head_inputs(hidden)
     loss = linear_cross_entropy(hidden, weight, target, bias, reduction="sum", **options)
     return loss, torch.tensor(target.shape[0], device=loss.device)
 

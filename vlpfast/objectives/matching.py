@@ -46,8 +46,7 @@ def qa(passes: Passes) -> Loss:
         raise ValueError("objectives.qa needs questions with answers: set data.tasks, data.answers")
     if passes.mixed_image is not None:
         labels = torch.where(matched_pairs(passes), labels, -100)
-    text = passes.fused.text
-    logits = passes.model.answer_logits(text.values[text.first()])
+    logits = passes.model.answer_logits(passes.model.first_tokens(passes.fused)[0])
     asked = labels != -100
     right = (logits.argmax(1) == labels).sum()
     passes.metrics["qa_accuracy"] = right / asked.sum().clamp(min=1)

@@ -110,7 +110,7 @@ def encode(model: VLPModel, batch: Batch, kept: Tensor | None, seed: int, plan: 
         Ragged.cat(texts),
         seed=fold_seed(seed, 2),
         num_embedded=len(batch) if plan.embed_text else 0,
-        with_tokens=plan.reads_pairs,
+        with_tokens=plan.reads_pairs or plan.masked_alone,
     )
     return Encoded(model, image, text, keys)
 

@@ -94,7 +94,7 @@ class Plan:
         pairs = config.masks_regions or config.mvm or (config.mpp and one_stack)
         hidden = (Rows.MASKED_IMAGE,) if pairs else ()
         alone = (Rows.MASKED_IMAGE_ALONE,) if config.mim and one_stack else ()
-        alone += (Rows.MASKED_TEXT_ALONE,) if config.mtm else ()
+        alone += (Rows.MASKED_TEXT_ALONE,) if config.mtm and one_stack else ()
         images_alone = {"mim", "vqkd"} if one_stack else {"mim", "vqkd", "mpp"}
         text = bool(config.weights.keys() - images_alone)
         contrast = bool(config.itc or config.sigmoid or config.hinge)

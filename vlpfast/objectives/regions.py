@@ -25,7 +25,8 @@ def wra(passes: Passes) -> Loss:
     matched = matched_pairs(passes)
     rows = passes.plan.sequences(Rows.MIXED, len(passes.batch), matched.device)
     text, image = passes.fused.text.select(rows), passes.fused.image.select(rows)
-    return alignment_loss(text, image, matched, passes.config.wra_tokens)
+    first = 1 + passes.model.config.fusion.class_token
+    return alignment_loss(text, image, matched, passes.config.wra_tokens, first)
 
 
 def mrfr(passes: Passes) -> Loss:
@@ -113,14 +114,14 @@ def _labels(passes: Passes) -> Tensor:
 
 
 def aligned_masks(
-    text: Ragged, image: Ragged, tokens: AlignedTokens
+    text: Ragged, image: Ragged, tokens: AlignedTokens, first: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Padded text (R, M, D) and image (R, N, D) tokens, and which take part in the transport.
 
     Args:
         text, image: packed tokens of R rows.
         tokens: "all" is UNITER's choice; "inner" is ViLT's: no start or end token, and no class
-            token, which the image has first.
+            tokens, of which the image has `first` before others.
 
     Returns: text, image, text mask (R, M), image mask (R, N), bool.
     """
@@ -129,23 +130,25 @@ def aligned_masks(
         position = torch.arange(words.shape[1], device=words.device)
         word_mask = (position > 0) & (position < text.lens[:, None] - 1)
         place_mask = place_mask.clone()
-        place_mask[:, 0] = False
+        place_mask[:, :first] = False
     return words, places, word_mask, place_mask
 
 
-def alignment_loss(text: Ragged, image: Ragged, matched: Tensor, tokens: AlignedTokens) -> Loss:
+def alignment_loss(
+    text: Ragged, image: Ragged, matched: Tensor, tokens: AlignedTokens, first: int = 1
+) -> Loss:
     """Word-region alignment: transport distance of matched rows minus that of the others.
 
     Args:
         text, image: packed fused tokens of R rows.
         matched (R,): bool.
-        tokens: see `aligned_masks`.
+        tokens, first: see `aligned_masks`.
 
     Returns: (sum of signed distances, R).
 
     Source: see `ops.wra_loss`.
     """
-    words, places, word_mask, place_mask = aligned_masks(text, image, tokens)
+    words, places, word_mask, place_mask = aligned_masks(text, image, tokens, first)
     rows = matched.shape[0]
     mean = wra_loss(words, places, word_mask, place_mask, matched, weight=1.0)
     return mean * rows, torch.tensor(rows, device=mean.device)

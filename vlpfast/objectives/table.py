@@ -31,7 +31,7 @@ OBJECTIVES = {
     "hinge": Objective(("a joint space",)),
     "itm": Objective(("a fusion tower", "a matching head"), together=True),
     "mlm": Objective(("a fusion tower", "a token head"), together=True),
-    "mtm": Objective(("one stack for both", "a token head")),
+    "mtm": Objective(("a stack that reads texts alone", "a token head")),
     "lm": Objective(("a text decoder",)),
     "wra": Objective(("fused image tokens",)),
     "mrfr": Objective(("region heads", "a region feature head"), together=True, hides="regions"),

@@ -21,6 +21,7 @@ _SYSTEMS = (
     "blip",
     "clip",
     "coca",
+    "flava",
     "flip",
     "kmeans",
     "lxmert",

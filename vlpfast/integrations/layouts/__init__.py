@@ -14,6 +14,7 @@ LAYOUTS: dict[str, dict[str, Callable[[ModelConfig], Layout]]] = {
         "beit2": transformers.beit,
         "blip": transformers.blip,
         "clip": lambda config: transformers.clip(config.vision.depth, config.text.depth),
+        "flava": transformers.flava,
         "lxmert": transformers.lxmert,
         "siglip": transformers.siglip,
     },

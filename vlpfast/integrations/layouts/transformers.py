@@ -159,6 +159,13 @@ _VILT_BLOCK = {
 }
 
 
+_FLAVA_HEAD = {
+    "dense.{k}": "transform.dense.{k}",
+    "norm.{k}": "transform.LayerNorm.{k}",
+    "weight": "decoder.weight",
+}
+
+
 def vilt(depth: int) -> Layout:
     """`ViltModel` with so many layers; it has no heads."""
     names = {
@@ -179,6 +186,59 @@ def vilt(depth: int) -> Layout:
     ]
     constants = (_POSITION_IDS, ("*.token_type_ids", "a constant"))
     return Layout("transformers ViltModel", tuple(rules), constants)
+
+
+def flava(config: ModelConfig) -> Layout:
+    """`FlavaForPreTraining`, whose heads on fused tokens are ours; its dVAE has no place here."""
+    names = {
+        "scale": "flava.logit_scale",
+        "image_projection.{k}": "flava.image_projection.{k}",
+        "text_projection.{k}": "flava.text_projection.{k}",
+        "fusion.image_map.{k}": "flava.image_to_mm_projection.{k}",
+        "fusion.text_map.{k}": "flava.text_to_mm_projection.{k}",
+        "vision.embedding.{k}": "flava.image_model.embeddings.patch_embeddings.projection.{k}",
+        "text.embedding.token": "flava.text_model.embeddings.word_embeddings.weight",
+        "text.embedding.position": "flava.text_model.embeddings.position_embeddings.weight",
+        "text.embedding.token_type": "flava.text_model.embeddings.token_type_embeddings.weight",
+        "text.embedding.norm.{k}": "flava.text_model.embeddings.LayerNorm.{k}",
+        "pooler.{k}": "itm_head.pooler.dense.{k}",
+        "match_head.{k}": "itm_head.seq_relationship.{k}",
+    }
+    tokens = {
+        "vision.embedding.class_token": "flava.image_model.embeddings.cls_token",
+        "fusion.class_token": "flava.multimodal_model.cls_token",
+    }
+    heads = {"token_head": "mmm_text_head"}
+    unused = [
+        ("flava.*_model.pooler.*", "a pooler that no objective reads"),
+        ("m[il]m_head.*", "a tower's own head: one serves the towers and fusion here"),
+        ("image_codebook.*", "the dVAE: a tokenizer is a run of its own here"),
+        _POSITION_IDS,
+        ("*.token_type_ids", "a constant"),
+    ]
+    if config.codes:
+        heads["code_head"] = "mmm_image_head"
+        tokens["vision.embedding.mask_token"] = "flava.image_model.embeddings.mask_token"
+    else:
+        unused.append(("mmm_image_head.*", "codes is 0"))
+        unused.append(("flava.image_model.embeddings.mask_token", "codes is 0"))
+    rules = [
+        *rules_of(names),
+        *rules_of(tokens, lead=2),
+        *rules_of(
+            {"vision.embedding.position": "flava.image_model.embeddings.position_embeddings"},
+            lead=1,
+        ),
+    ]
+    for ours, theirs in heads.items():
+        rules += rules_of(_FLAVA_HEAD, f"{ours}.", f"{theirs}.")
+        # One tensor, there by two names.
+        rules += [Rule((f"{ours}.bias",), (f"{theirs}.{n}",)) for n in ("bias", "decoder.bias")]
+    for ours, theirs in (("vision", "image"), ("text", "text"), ("fusion", "multimodal")):
+        there, depth = f"flava.{theirs}_model.", getattr(config, ours).depth
+        rules += stack_of(_VILT_BLOCK, ours, f"{there}encoder.layer", depth)
+        rules += rules_of({"norm.{k}": "layernorm.{k}"}, f"{ours}.", there)
+    return Layout("transformers FlavaForPreTraining", tuple(rules), tuple(unused))
 
 
 _BEIT_BLOCK = {

@@ -30,6 +30,7 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "blip": caption.blip,
     "clip": dual.clip,
     "coca": caption.coca,
+    "flava": concat.flava,
     "flip": dual.flip,
     "kmeans": codes.kmeans,
     "lxmert": co.lxmert,

@@ -1,4 +1,4 @@
-"""One stack over text and image tokens in one sequence."""
+"""One stack over text and image tokens in one sequence, of embeddings or of what towers give."""
 
 from __future__ import annotations
 
@@ -94,4 +94,34 @@ def pixel_bert(size: str) -> ModelConfig:
             "text": BERT_WORDS | BERT_NORM,
             "fusion": BERT,
         },
+    )
+
+
+def flava(size: str) -> ModelConfig:
+    """FLAVA: two pre-norm towers of the same shape, and a pre-norm stack of half their depth over
+    what both give before their last norms, by a linear map each, and over a class token of its own,
+    which matching reads; base is ViT-B/16 at 224 px: 239.58 M parameters without heads of fusion,
+    241.36 M with transformers' three poolers, which no objective reads.
+
+    Deviation: one head of words and one of codes serve the towers and fusion; FLAVA has two each.
+
+    Source: Singh et al. 2022, arXiv:2112.04482, section 3; transformers models/flava.
+    """
+    shape, eps = SHAPES[size], {"norm_eps": 1e-12}
+    half = shape.vision // 2
+    return build(
+        "flava",
+        size,
+        (shape.vision, shape.vision, half),
+        vision=eps,
+        text={"pool": "first", "embed_norm": True, "token_types": 2} | eps,
+        fusion={"kind": "concat", "class_token": True, "pooler": True} | eps,
+        embed_dim=shape.embed_dim,
+        projection_bias=True,
+        scale_min=1.0,
+        mlm_head=True,
+        mlm_tied=False,
+        codes=256,
+        code_transform=True,
+        base={"codes": 8192, "text": BERT_WORDS},
     )
