@@ -12,7 +12,7 @@ from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, make_tokenizer
 from vlpfast.data.prompts import examples, iter_texts
 from vlpfast.data.scenes import blind_answer_accuracy, write_shards
-from vlpfast.eval import vqa
+from vlpfast.eval import evaluate_model, vqa
 from vlpfast.models import create_model
 from vlpfast.ragged import Ragged
 
@@ -151,3 +151,46 @@ def test_answers_of_an_encoder_and_decoder_encode_each_question_once():
         expected = written.select(torch.tensor([row])).values[1:].tolist()
         assert ids == [i for i in expected if i != 2]
     assert len({tuple(ids) for ids in said}) == 3
+
+
+@pytest.mark.parametrize("task", ["vqa", "entailment"])
+def test_an_answer_head_chooses_among_the_runs_answers(scenes, task):
+    """A head that always tells one answer is right as often as that answer is."""
+    tokenizer, loader = batches(scenes, train=False)
+    named = [answer for i in range(16) for _, answer in examples(scenes.record(i), task)]
+    names = sorted(set(named))
+    model = create_model("vilt", "tiny", vocab_size=512, image_size=16, answers=len(names)).eval()
+    nn.init.zeros_(model.answer_head.answers.weight)
+    with torch.no_grad():
+        model.answer_head.answers.bias[1] = 1.0
+    options = {"max_tokens": 32, "task": task, "names": names}
+    result = vqa.vqa_probe(model, list(loader), scenes, tokenizer, **options)
+    expected = 100 * named.count(names[1]) / len(named)
+    assert result.metrics[f"{task}_accuracy"] == pytest.approx(expected)
+    assert result.metrics[f"shuffled_{task}_accuracy"] == pytest.approx(expected)
+    assert result.chance[f"{task}_accuracy"] >= expected
+    assert result.counts["num_questions"] == len(named)
+
+
+@torch.no_grad()
+def test_choices_are_those_of_each_question_alone():
+    torch.manual_seed(0)
+    model = create_model("vilt", "tiny", vocab_size=20, image_size=16, answers=5).eval()
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    keys = model.image_keys(model.encode_image(images).tokens)
+    question, rows = Ragged.from_lists([[1, 5, 6, 2], [1, 7, 2], [1, 9, 2]]), [1, 0, 1]
+    said = vqa.choices(model, keys, torch.tensor(rows), question, "abcde")
+    for row, image in enumerate(rows):
+        one = question.select(torch.tensor([row]))
+        own = model.image_keys(model.encode_image(images[image : image + 1]).tokens)
+        assert vqa.choices(model, own, torch.tensor([0]), one, "abcde") == said[row : row + 1]
+    assert len(set(said)) > 1
+
+
+def test_a_run_without_names_of_its_answers_says_so(scenes):
+    model = create_model("vilt", "tiny", vocab_size=512, image_size=16, answers=5)
+    tokenizer, _ = batches(scenes)
+    with pytest.raises(ValueError, match=r"tells 5 answers by number, and names of 0 are known"):
+        evaluate_model(model, scenes, tokenizer, ("entailment",), data=CONFIG)

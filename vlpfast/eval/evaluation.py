@@ -88,12 +88,13 @@ class Evaluation:
         data: DataConfig,
         options: EvalOptions,
         objectives: ObjectivesConfig | None,
+        answers: tuple[str, ...] = (),
     ) -> None:
         if options.max_samples:
             index = replace(index, rows=np.asarray(index.rows)[: options.max_samples])
         self.model, self.index, self.tokenizer = model, index, tokenizer
         self.data, self.options, self.objectives = data, options, objectives
-        self.device = model.device
+        self.device, self.answers = model.device, answers
         self.corrupt: dict[str, str] = {}
 
     def need(self, task: str, part: str) -> None:
@@ -107,7 +108,7 @@ class Evaluation:
         tasks = ("image",) if num_codes else tuple(t for t in self.data.tasks if t != "image")
         loader = make_loader(
             self.index,
-            replace(self.data, tasks=tasks),
+            replace(self.data, tasks=tasks, answers=0),
             tokenizer=self.tokenizer,
             image_size=self.model.config.image_size,
             batch_size=self.options.batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ class LoadedRun:
         tokenizer: of the run.
         data: the run's data configuration.
         objectives: what the run trained.
+        answers: those that its answer head tells, by number; empty where it has none.
         weights: the file that the weights came from.
     """
 
@@ -32,6 +34,7 @@ class LoadedRun:
     tokenizer: Tokenizer
     data: DataConfig
     objectives: ObjectivesConfig
+    answers: tuple[str, ...]
     weights: Path
 
 
@@ -64,10 +67,13 @@ def load_run(
     model, path = load_model(folder, weights)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = folder / "answers.json"
+    answers = tuple(json.loads(names.read_text())) if names.exists() else ()
     return LoadedRun(
         model.to(device),
         Tokenizer.load(folder / "tokenizer.json"),
         data_config,
         objectives,
+        answers,
         path,
     )

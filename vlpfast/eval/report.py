@@ -16,7 +16,9 @@ VARIANTS = {
     "other_caption_": "other caption",
 }
 _FIRST_HEADING = {
-    **dict.fromkeys(("mlm", "align", "caption", "vqa", "box", "classify"), "true image"),
+    **dict.fromkeys(
+        ("mlm", "align", "caption", "vqa", "entailment", "box", "classify"), "true image"
+    ),
     "image": "true caption",
     "codes": "trained",
     "mim": "hidden patches",

@@ -63,6 +63,7 @@ def evaluate(
         data=config,
         options=settings,
         objectives=run.objectives,
+        answers=run.answers,
     )[task]
     info = {"run": str(run_dir), "weights": str(run.weights), "data": str(data)}
     info |= {"where": " ".join(where)} if where else {}
@@ -80,6 +81,7 @@ def evaluate_model(
     data: DataConfig,
     options: EvalOptions | None = None,
     objectives: ObjectivesConfig | None = None,
+    answers: tuple[str, ...] = (),
 ) -> dict[str, EvalResult]:
     """Evaluates a model that is in memory; leaves it in the mode (train or eval) it was in.
 
@@ -91,9 +93,11 @@ def evaluate_model(
         data: how images are loaded and captions cut; its path and conditions are not read.
         options: `EvalOptions()` if None.
         objectives: what the model was trained on: `mim` reads which tokenizer's codes it learned.
+        answers: those that the model's answer head tells, by number.
     """
     wanted = {task: registry.find(task) for task in tasks}
-    evaluation = Evaluation(model, index, tokenizer, data, options or EvalOptions(), objectives)
+    options = options or EvalOptions()
+    evaluation = Evaluation(model, index, tokenizer, data, options, objectives, answers)
     results = {}
     with _evaluating(model):
         for task, measure in wanted.items():

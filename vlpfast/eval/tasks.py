@@ -98,19 +98,36 @@ def caption(on: Evaluation) -> EvalResult:
 
 
 def vqa(on: Evaluation) -> EvalResult:
-    """Answers that are written after a question."""
+    """Answers to questions, written or chosen among the run's."""
+    return _answered(on, "vqa")
+
+
+def entailment(on: Evaluation) -> EvalResult:
+    """Whether a sentence follows from the image, as SNLI-VE asks."""
+    return _answered(on, "entailment")
+
+
+def _answered(on: Evaluation, task: str) -> EvalResult:
     config = on.model.config
-    if not config.takes_prompts:
+    chooses = "an answer head" in config.parts
+    if not (chooses or config.takes_prompts):
         raise ValueError(
-            "vqa needs a model that writes after a prompt, as 'metalm'; preset "
-            f"{config.preset!r} does not"
+            f"{task} needs a model that writes after a prompt, as 'metalm', or one trained with "
+            f"objectives.qa on data.answers, as 'lxmert'; preset {config.preset!r} is neither"
+        )
+    if chooses and len(on.answers) != config.answers:
+        raise ValueError(
+            f"{task}: the model tells {config.answers} answers by number, and names of "
+            f"{len(on.answers)} are known: give those of the run's answers.json"
         )
     return vqa_probe(
         on.model,
-        on.batches("vqa"),
+        on.batches(task),
         on.index,
         on.tokenizer,
         max_tokens=on.data.max_tokens,
+        task=task,
+        names=on.answers,
         seed=on.options.seed,
     )
 
@@ -186,6 +203,7 @@ TASKS: dict[str, Callable[[Evaluation], EvalResult]] = {
     "align": align,
     "caption": caption,
     "vqa": vqa,
+    "entailment": entailment,
     "box": box,
     "image": image,
     "classify": classify,

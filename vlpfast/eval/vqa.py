@@ -1,8 +1,11 @@
-"""Questions answered in words: exact match with the true image, and with another."""
+"""Questions answered, in words or by choice among a run's answers, and whether a sentence holds:
+exact match with the true image, and with another.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 
 from vlpfast.data.batch import Batch
 from vlpfast.data.index import Index
-from vlpfast.data.prompts import examples
+from vlpfast.data.prompts import TASKS, examples
 from vlpfast.data.scenes.text import blind_answer_accuracy
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.eval.probe import binomial_interval, derange
@@ -51,6 +54,32 @@ def answers(
     return [tokenizer.decode([i for i in row if i != tokenizer.end_id]) for row in rows]
 
 
+@torch.inference_mode()
+def choices(
+    model: VLPModel, keys: Ragged, kv_index: Tensor, question: Ragged, names: Sequence[str]
+) -> list[str]:
+    """Of `names`, what the model's answer head tells of each question about image `kv_index` (R,).
+
+    Args:
+        model: in eval mode, one with an answer head.
+        keys: `VLPModel.image_keys`.
+        kv_index (R,): int64, the image of each question.
+        question: packed token ids of R questions.
+        names: the answers by number.
+    """
+    fused = model.fuse_pairs(model.encode_text(question).tokens, keys, kv_index)
+    told = model.answer_logits(model.first_tokens(fused)[0]).argmax(1)
+    return [names[number] for number in told.tolist()]
+
+
+def _chance(task: str, asked: Sequence[dict]) -> float:
+    """Percent that always giving a question type's most frequent answer reaches."""
+    if task == "vqa":
+        return 100 * blind_answer_accuracy(asked)["all"]
+    labels = Counter(example["label"] for example in asked)
+    return 100 * max(labels.values()) / len(asked)
+
+
 def vqa_probe(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -58,6 +87,8 @@ def vqa_probe(
     tokenizer: Tokenizer,
     *,
     max_tokens: int,
+    task: str = "vqa",
+    names: Sequence[str] = (),
     seed: int = 0,
 ) -> EvalResult:
     """Share of questions answered in the very words of the record, with the true image and with
@@ -66,11 +97,15 @@ def vqa_probe(
     Chance always gives a question type's most frequent answer.
 
     Args:
-        model: in eval mode, one that writes text after a prompt.
+        model: in eval mode, one that writes text after a prompt, or has an answer head.
         batches: images and sample ids.
-        index: whose records hold `questions`: type, question, answer.
+        index: whose records hold the task's field: `questions` (type, question, answer), or
+            `entailment` (sentence, label).
         tokenizer: the model's.
         max_tokens: longer questions lose their tail.
+        task: "vqa" or "entailment", of `data.prompts.TASKS`.
+        names: the answers that the model's answer head chooses from, by number; empty: the model
+            writes.
         seed: of the choice of the other image.
     """
     hits, asked, num_samples = [0, 0], [], 0
@@ -80,8 +115,8 @@ def vqa_probe(
         for row, sample in enumerate(batch.sample_ids.tolist()):
             if differs[row]:
                 record = index.record(sample)
-                questions += examples(record, "vqa")
-                asked += record["questions"]
+                questions += examples(record, task)
+                asked += record[TASKS[task][0]]
                 rows += [row] * (len(questions) - len(rows))
                 num_samples += 1
         if not questions:
@@ -91,15 +126,19 @@ def vqa_probe(
         images = batch.visual(model.config.vision.front).to(model.device)
         keys = model.image_keys(model.encode_image(images).tokens)
         for case, shown in enumerate((torch.tensor(rows), partner[torch.tensor(rows)])):
-            said = answers(model, keys, shown.to(model.device), prompt, tokenizer)
+            rows_shown = shown.to(model.device)
+            if names:
+                said = choices(model, keys, rows_shown, prompt, names)
+            else:
+                said = answers(model, keys, rows_shown, prompt, tokenizer)
             hits[case] += sum(a == b for a, b in zip(said, truth, strict=True))
     if not asked:
-        raise ValueError("vqa: no question with two images to compare")
+        raise ValueError(f"{task}: no question with two images to compare")
     true, shuffled = (100 * hit / len(asked) for hit in hits)
     return EvalResult(
-        "vqa",
-        metrics={"vqa_accuracy": true, "shuffled_vqa_accuracy": shuffled},
-        chance={"vqa_accuracy": 100 * blind_answer_accuracy(asked)["all"]},
+        task,
+        metrics={f"{task}_accuracy": true, f"shuffled_{task}_accuracy": shuffled},
+        chance={f"{task}_accuracy": _chance(task, asked)},
         counts={"num_samples": num_samples, "num_questions": len(asked)},
-        intervals={"vqa_accuracy": binomial_interval(true, len(asked))},
+        intervals={f"{task}_accuracy": binomial_interval(true, len(asked))},
     )
