@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlpfast.layers.keys import KeyCache
-from vlpfast.ops.seed import fold_seed
+from vlpfast.ops.reference.counter import draw, stream, uniform
 from vlpfast.ragged import Ragged
 
 # Steps between the questions.
@@ -160,26 +160,26 @@ class _Writer:
             self.cache.select(rows)
 
 
-def nucleus_draw(log_p: Tensor, top_p: float, uniform: Tensor) -> Tensor:
+def nucleus_draw(log_p: Tensor, top_p: float, aim: Tensor) -> Tensor:
     """One token of each row of log_p (R, V), -inf where none may be: (R,) int64.
 
     Of p = softmax(log_p), sorted from the most probable (ties by id), the fewest tokens whose sum
-    is at least `top_p` share the unit interval by their p; the token where uniform (R,) in [0, 1)
-    falls is drawn. Computed in fp64.
+    is at least `top_p` share the unit interval by their p; the token where aim (R,) in [0, 1) falls
+    is drawn. Computed in fp64.
     """
     p, order = log_p.softmax(-1, dtype=torch.float64).sort(stable=True, dim=-1, descending=True)
     ends = p.cumsum(-1)
     # Tokens of no probability are no part of the nucleus, though rounding leaves ends below 1.
     kept = ((ends - p < top_p) & (p > 0)).sum(-1, keepdim=True).clamp(min=1)
-    aim = uniform.double()[:, None] * ends.gather(1, kept - 1)
+    aim = aim.double()[:, None] * ends.gather(1, kept - 1)
     place = torch.minimum((ends <= aim).sum(-1, keepdim=True), kept - 1)
     return order.gather(1, place)[:, 0]
 
 
 def _uniforms(options: SearchOptions, device: torch.device) -> Tensor:
-    """(B, L) of [0, 1): token t of the text with seed s is drawn by the hash of (s, t)."""
-    bits = [[fold_seed(seed, t) >> 10 for t in range(options.max_tokens)] for seed in options.seeds]
-    return torch.tensor(bits, dtype=torch.float64, device=device) * 2.0**-53
+    """(B, L) of [0, 1): token t of the text with seed s is drawn at place t of the stream s."""
+    keys = stream(0, torch.tensor(options.seeds, device=device))
+    return uniform(draw(keys[:, None], torch.arange(options.max_tokens, device=device)))
 
 
 def _one_text(writer: _Writer, options: SearchOptions) -> Generated:
