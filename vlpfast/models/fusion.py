@@ -182,20 +182,13 @@ class ClassTower(ConcatTower):
         return Ragged.from_dense(torch.cat([first, tokens], 1))
 
     def forward(
-        self,
-        text: Ragged,
-        keys: Ragged,
-        kv_index: Tensor,
-        seed: int = 0,
-        *,
-        text_blocks: Tensor | None = None,
-        cache: KeyCache | None = None,
+        self, text: Ragged, keys: Ragged, kv_index: Tensor, seed: int = 0, **options
     ) -> FusedOutput:
         """As `ConcatTower`, `text` as its tower gives it; each image's first token is the class
         token.
         """
-        text = text.with_values(self.text_map(text.values))
-        return super().forward(text, keys, kv_index, seed, text_blocks=text_blocks, cache=cache)
+        mapped = text.with_values(self.text_map(text.values))
+        return super().forward(mapped, keys, kv_index, seed, **options)
 
 
 # What a causal decoder has of its own: BERT's attention with the norm that belongs to it.
