@@ -57,12 +57,8 @@ FeaturePair features_of(const Tensor& x, const Tensor& y, const std::optional<Te
   return {side_of(x, x_mask, op, x_name), side_of(y, y_mask, op, y_name), dtype, x.size(2)};
 }
 
-// A new tensor, on huge pages if it is large.
 Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  Tensor result = torch::stable::new_empty(like, shape, dtype);
-  prefer_huge_pages(result.mutable_data_ptr(),
-                    result.numel() * static_cast<int64_t>(result.element_size()));
-  return result;
+  return on_huge_pages(torch::stable::new_empty(like, shape, dtype));
 }
 
 using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
