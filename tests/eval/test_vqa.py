@@ -189,6 +189,15 @@ def test_choices_are_those_of_each_question_alone():
     assert len(set(said)) > 1
 
 
+def test_answers_of_another_task_say_so(scenes):
+    """Not zero percent."""
+    tokenizer, loader = batches(scenes, train=False)
+    model = create_model("vilt", "tiny", vocab_size=512, image_size=16, answers=2).eval()
+    options = {"max_tokens": 32, "task": "entailment", "names": ("red", "3")}
+    with pytest.raises(ValueError, match=r"entailment: none of the data's answers .* from 'red'"):
+        vqa.vqa_probe(model, list(loader), scenes, tokenizer, **options)
+
+
 def test_a_run_without_names_of_its_answers_says_so(scenes):
     model = create_model("vilt", "tiny", vocab_size=512, image_size=16, answers=5)
     tokenizer, _ = batches(scenes)

@@ -67,7 +67,8 @@ def choices(
         question: packed token ids of R questions.
         names: the answers by number.
     """
-    fused = model.fuse_pairs(model.encode_text(question).tokens, keys, kv_index)
+    words = model.encode_text(question, num_embedded=0).tokens
+    fused = model.fuse_pairs(words, keys, kv_index, images=False)
     told = model.answer_logits(model.first_tokens(fused)[0]).argmax(1)
     return [names[number] for number in told.tolist()]
 
@@ -107,8 +108,11 @@ def vqa_probe(
         names: the answers that the model's answer head chooses from, by number; empty: the model
             writes.
         seed: of the choice of the other image.
+
+    Raises:
+        ValueError: no image differs from another, or none of the answers is among `names`.
     """
-    hits, asked, num_samples = [0, 0], [], 0
+    hits, asked, num_samples, known = [0, 0], [], 0, 0
     for batch in batches:
         partner, differs = derange(batch.image_ids, seed=seed)
         rows, questions = [], []
@@ -122,18 +126,24 @@ def vqa_probe(
         if not questions:
             continue
         prompts, truth = zip(*questions, strict=True)
+        known += sum(answer in names for answer in truth)
         prompt = Ragged.from_lists(tokenizer.encode(list(prompts), max_tokens), model.device)
         images = batch.visual(model.config.vision.front).to(model.device)
         keys = model.image_keys(model.encode_image(images).tokens)
         for case, shown in enumerate((torch.tensor(rows), partner[torch.tensor(rows)])):
-            rows_shown = shown.to(model.device)
+            shown = shown.to(model.device)
             if names:
-                said = choices(model, keys, rows_shown, prompt, names)
+                said = choices(model, keys, shown, prompt, names)
             else:
-                said = answers(model, keys, rows_shown, prompt, tokenizer)
+                said = answers(model, keys, shown, prompt, tokenizer)
             hits[case] += sum(a == b for a, b in zip(said, truth, strict=True))
     if not asked:
         raise ValueError(f"{task}: no question with two images to compare")
+    if names and not known:
+        raise ValueError(
+            f"{task}: none of the data's answers is among the {len(names)} that the model tells, "
+            f"from {names[0]!r} on: it was trained for another task"
+        )
     true, shuffled = (100 * hit / len(asked) for hit in hits)
     return EvalResult(
         task,
