@@ -14,8 +14,9 @@ from vlpfast.data.answers import open_answers
 from vlpfast.data.config import DataConfig
 from vlpfast.data.loader import make_loader, make_tokenizer, open_index
 from vlpfast.data.scenes import write_shards
+from vlpfast.models import VLPModel
 from vlpfast.recipes import get
-from vlpfast.train.run import fit_answers, train
+from vlpfast.train.run import fit_answers, fresh_parts, train
 
 BOTH = ("caption", "vqa")
 
@@ -89,6 +90,23 @@ def test_the_model_has_the_datas_answers(scenes):
     data = DataConfig(path=str(scenes), tasks=BOTH, answers=7)
     fitted = fit_answers(replace(config, data=data), open_index(data))
     assert fitted.model.answers == 7
+
+
+def test_a_head_of_other_answers_starts_fresh(scenes, tmp_path):
+    """As many answers, but others: their numbers mean something else."""
+    config = get("lxmert_scenes_answers")
+    data = DataConfig(path=str(scenes), tasks=BOTH, answers=7)
+    index, init = open_index(data), replace(config.train, init=str(tmp_path))
+    config = fit_answers(replace(config, data=data, train=init), index)
+    names = list(open_answers(index, BOTH, 7))
+    told = {None: False, tuple(names): True, tuple(reversed(names)): False}
+    for before, same in told.items():
+        if before is not None:
+            (tmp_path / "answers.json").write_text(json.dumps(before))
+        assert fresh_parts(config, index) == (() if same else ("answer_head.answers.",))
+    model = VLPModel(replace(config.model, vision=replace(config.model.vision, region_dim=64)))
+    named = [n for n in model.state_dict() if n.startswith("answer_head.answers.")]
+    assert [model.state_dict()[n].shape[0] for n in named] == [7, 7]
 
 
 @pytest.mark.slow

@@ -133,6 +133,12 @@ def test_start_names_what_it_cannot_take(guide, tmp_path):
     other = create_model("clip", "tiny", vocab_size=50, image_size=16)
     assert len(start_from(other, tmp_path)) == 1
     assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    torch.manual_seed(1)
+    third = create_model("clip", "tiny", vocab_size=50, image_size=16)
+    notes = start_from(third, tmp_path, ("text_projection.",))
+    assert notes[1:] == ["fresh: text_projection.weight"]
+    assert third.image_projection.weight.equal(model.image_projection.weight)
+    assert not third.text_projection.weight.equal(model.text_projection.weight)
 
 
 def test_freeze_names_what_fits_nothing():

@@ -61,8 +61,9 @@ def _newest_weights(folder: Path) -> Path:
     return newest
 
 
-def start_from(model: VLPModel, folder: Path) -> list[str]:
-    """Gives `model` the newest weights of another run's model, where both have a part.
+def start_from(model: VLPModel, folder: Path, fresh: tuple[str, ...] = ()) -> list[str]:
+    """Gives `model` the newest weights of another run's model, where both have a part whose name
+    starts with none of `fresh`.
 
     Returns: what to say of it: the parts that keep their fresh weights, and those left behind.
 
@@ -71,7 +72,8 @@ def start_from(model: VLPModel, folder: Path) -> list[str]:
         ValueError: a part has another shape, or there is no common one.
     """
     path = _newest_weights(folder)
-    own, other = model.state_dict(), _read_weights(path)
+    own = model.state_dict()
+    other = {n: t for n, t in _read_weights(path).items() if not n.startswith(fresh)}
     common = own.keys() & other.keys()
     wrong = [n for n in sorted(common) if own[n].shape != other[n].shape]
     if wrong or not common:

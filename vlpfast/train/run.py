@@ -73,8 +73,9 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
         torch.manual_seed(seed)
         group = dist.group.WORLD if world.size > 1 else None
         model = VLPModel(config.model)
-        starts = config.train.init and not resumes
-        notes = start_from(model, Path(config.train.init)) if starts else ()
+        notes: Sequence[str] = ()
+        if config.train.init and not resumes:
+            notes = start_from(model, Path(config.train.init), fresh_parts(config, index))
         freeze(model, config.train.freeze)
         step = PretrainStep(model, config.objectives, group, seed=seed)
 
@@ -177,6 +178,18 @@ def fit_answers(config: RunConfig, index: Index) -> RunConfig:
         return config
     found = len(open_answers(index, data.tasks, data.answers))
     return replace(config, model=replace(config.model, answers=found))
+
+
+def fresh_parts(config: RunConfig, index: Index) -> tuple[str, ...]:
+    """The parts of the model that do not start from the run `train.init`: what tells answers, where
+    that run's are others, or in another order.
+    """
+    if not (config.model.answers and config.data.answers):
+        return ()
+    kept = Path(config.train.init) / "answers.json"
+    before = json.loads(kept.read_text()) if kept.is_file() else []
+    same = before == list(open_answers(index, config.data.tasks, config.data.answers))
+    return () if same else ("answer_head.answers.",)
 
 
 def fit_parts(config: RunConfig, tokenizer: Tokenizer, guide: Guide | None = None) -> RunConfig:
