@@ -149,7 +149,7 @@ def rows_of(run: Path, machine_name: str | None = None) -> list[QualityRow]:
     return list(found.values())
 
 
-def is_main(row: QualityRow) -> bool:
+def _is_listed(row: QualityRow) -> bool:
     """Whether a row is of one of the systems whose evaluations stand one by one."""
     return row.preset.split()[0] in _SYSTEMS
 
@@ -251,11 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(rows)} rows of {run.name} -> {path}")
     paths = sorted(options.results.glob(f"*/{FILE}"))
     every = [row for path in paths for row in load(path, QualityRow)]
-    main_rows = [row for row in every if is_main(row)]
+    listed = [row for row in every if _is_listed(row)]
     shown = {
-        options.readme: tables(row for row in main_rows if row.run in _MAIN),
-        options.others: tables(row for row in main_rows if row.run not in _MAIN),
-        options.presets: works(row for row in every if not is_main(row)),
+        options.readme: tables(row for row in listed if row.run in _MAIN),
+        options.others: tables(row for row in listed if row.run not in _MAIN),
+        options.presets: works(row for row in every if not _is_listed(row)),
     }
     for file, text in shown.items():
         if file is not None:

@@ -11,8 +11,8 @@ from vlpfast.ragged import Ragged
 
 @dataclass(frozen=True)
 class ImageOutput:
-    """tokens (B, N, D): class token first; of regions packed (T, D); None where they were not
-    wanted. embedding (B, E): L2-normalised, in the joint space; None where the model has none.
+    """tokens (B, N, D): class token first; of regions packed (T, D); may be None where they were
+    not wanted. embedding (B, E): L2-normalised, in the joint space; None where the model has none.
     class_head (B, N, D): of masked images, what the class token's head makes of them; None where
     the model has none. joint_embedding: as `embedding`, of the layers with experts for both
     modalities (VLMo).
@@ -26,7 +26,7 @@ class ImageOutput:
 
 @dataclass(frozen=True)
 class TextOutput:
-    """tokens: packed (T, D), None where they were not wanted; embeddings as in `ImageOutput`."""
+    """tokens: packed (T, D), or None, and embeddings as in `ImageOutput`."""
 
     tokens: Ragged | None
     embedding: Tensor | None

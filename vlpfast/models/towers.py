@@ -210,7 +210,8 @@ class TextTower(nn.Module):
         pooled_only: bool = False,
     ) -> Ragged:
         """With a `cache`, `text` goes on from the tokens that are in it, and no class token ends
-        it. With `pooled_only` sequences may have the token that is pooled and no other.
+        it. With `pooled_only` each sequence has the token that is pooled and no other, where that
+        one sees all.
         """
         ids, start = text, 0 if cache is None else cache.length
         text = text.with_values(self.embedding(ids, start))

@@ -117,7 +117,8 @@ class VLPModel(Heads):
                 without `keep_ids`.
             num_embedded: of how many images, the first ones, an embedding is wanted; None: all.
             with_tokens: whether tokens are wanted beside the embedding. Without them the tower's
-                last block runs for the class token alone, where that is what is pooled.
+                last block runs for the class token alone, where that is what is pooled, and the
+                output's `tokens` may be None.
         """
         side, wants_regions = self.config.image_size, self.config.vision.front == "regions"
         if isinstance(images, Regions) != wants_regions:

@@ -52,8 +52,9 @@ def base() -> RunConfig:
 
     Source: Singh et al. 2022, arXiv:2112.04482, section 3; optimizer, warm-up and steps are those
     of facebookresearch/multimodal examples/flava/native/configs/900m.yaml, the larger model of its
-    authors. There, images, texts and pairs come from sets of their own, here all from the pairs; a
-    pair's masked words are read with its masked image, and one of ten pairs has another text.
+    authors; the batch is from memory, not read there. In FLAVA, images, texts and pairs come from
+    sets of their own, here all from the pairs; a pair's masked words are read with its masked
+    image, and one of ten pairs has another text.
     """
     return RunConfig(
         name="flava_base",
