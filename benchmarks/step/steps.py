@@ -69,7 +69,7 @@ def own_step(
     )
     prepare(step)
     batches = itertools.repeat(batch)
-    return lambda: trainer._take_step(step, batches)
+    return lambda: trainer.take_step(step, batches)
 
 
 def peer_step(

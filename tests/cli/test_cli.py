@@ -188,6 +188,9 @@ def test_interrupted_run_says_how_to_go_on(train, monkeypatch, capsys):
         ("data make scenes out", "--num-samples"),
         ("data make squares out --num-samples 3", "'squares'"),
         ("eval logs/run --data x --task retreival", "'retreival'"),
+        ("profile albef_tiny", "needs data: vlpfast profile albef_tiny --data PATH"),
+        ("profile albef_tiny --data x --depth 0", "--depth 0: depth must be >= 1, got 0"),
+        ("profile albef_tiny --data x --out", "--out needs a value"),
         ("env more", "Unrecognized options: more"),
     ],
 )
@@ -229,6 +232,8 @@ def test_traceback_on_request(train, monkeypatch):
         "data pack --help",
         "data regions --help",
         "data check --help",
+        "profile --help",
+        "profile albef_tiny --help",
         "env --help",
     ],
 )
@@ -241,6 +246,14 @@ def test_help_has_an_example(line, capsys):
     out = capsys.readouterr().out
     assert out.count("vlpfast ") >= 2
     assert "xample:" in out
+
+
+def test_profile(scenes, tmp_path, capsys):
+    flags = ["--warmup-steps=0", "--timed-steps=1", "--recorded-steps=1", "--depth=1"]
+    args = ["profile", "clip_tiny", "--data", f"{scenes}/train", *SMALL, *flags]
+    assert cli.main([*args, f"--out={tmp_path / 'out'}"]) == 0
+    assert "samples/s" in capsys.readouterr().out
+    assert (tmp_path / "out" / "trace.json.gz").is_file()
 
 
 def test_data_make_siblings(tmp_path, capsys):

@@ -108,7 +108,7 @@ def first_steps(rank: int, folder: str) -> list[tuple[list[Tensor], dict[str, fl
                 lambda *_, t=trainer, g=grads: g.extend(p.grad.clone() for p in t.parameters)
             )
             module = world.wrap(trainer.module)
-            report = trainer._take_step(module, iter(trainer.open_loader(0)))
+            report = trainer.take_step(module, iter(trainer.open_loader(0)))
             results.append((grads, report.losses))
     return results
 

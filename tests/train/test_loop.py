@@ -81,7 +81,7 @@ def test_guard_names_the_loss_and_leaves_the_weights(tiny, make_step, name):
     assert trainer.step == 3
     batches = iter(untouched.open_loader(0))
     for _ in range(3):
-        untouched._take_step(untouched.module, batches)
+        untouched.take_step(untouched.module, batches)
     torch.testing.assert_close(weights(trainer), weights(untouched), rtol=0, atol=0)
     assert f"loss '{name}' is nan" in (tiny.folder / "run" / "out.log").read_text()
 
@@ -110,7 +110,7 @@ def test_accumulation_equals_a_large_batch(tiny, make_step):
         trainer.optimizer.register_step_pre_hook(
             lambda *_, t=trainer, s=seen: s.append([p.grad.clone() for p in t.parameters])
         )
-        trainer._take_step(trainer.module, iter(trainer.open_loader(0)))
+        trainer.take_step(trainer.module, iter(trainer.open_loader(0)))
         gradients.append(seen[0])
     for large, accumulated in zip(*gradients, strict=True):
         torch.testing.assert_close(accumulated, large)
@@ -126,7 +126,7 @@ def test_clipping_bounds_the_gradient(tiny):
                 nn.utils.get_total_norm([p.grad for p in t.parameters]).item()
             )
         )
-        report = trainer._take_step(trainer.module, iter(trainer.open_loader(0)))
+        report = trainer.take_step(trainer.module, iter(trainer.open_loader(0)))
         norms.append((report.grad_norm, seen[0]))
     (free, after_free), (bound, after_bound) = norms
     assert free == bound == pytest.approx(after_free)
@@ -136,7 +136,7 @@ def test_clipping_bounds_the_gradient(tiny):
 def test_learning_rate_is_scaled_by_group(tiny):
     optim = OptimConfig(lr=0.01, warmup=3, lr_multipliers=(("3.", 10.0),))
     trainer = tiny.trainer(optim=optim)
-    trainer._take_step(trainer.module, iter(trainer.open_loader(0)))
+    trainer.take_step(trainer.module, iter(trainer.open_loader(0)))
     rates = {g["lr_scale"]: g["lr"] for g in trainer.optimizer.param_groups}
     assert rates == pytest.approx({1.0: 0.01 / 3, 10.0: 0.1 / 3})
 

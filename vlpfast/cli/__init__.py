@@ -1,4 +1,4 @@
-"""The command line: `vlpfast train | eval | data | env`, a module for each.
+"""The command line: `vlpfast train | eval | data | profile | env`, a module for each.
 
 Exit codes: 0 done; 1 the run failed or was interrupted; 2 wrong usage. An error is one line on
 stderr, with VLPFAST_TRACEBACK=1 the whole traceback. Heavy modules are imported where a command
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vlpfast.cli import data, env, evaluate, train
+from vlpfast.cli import data, env, evaluate, profile, train
 from vlpfast.cli.usage import UsageError, pick
 
 _HELP = """usage: vlpfast COMMAND ...
@@ -25,6 +25,7 @@ commands:
   data pack INPUT OUT      turn a table of images and captions into tar shards
   data regions INPUT FILES give a data set's images a detector's regions
   data check PATH          count a data set's samples and name the corrupt ones
+  profile RECIPE           measure a recipe's steps: throughput, and where the time goes
   env                      print versions and which op runs by which implementation here
 
 Each command explains itself with --help.
@@ -59,7 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    commands = {"train": train.run, "eval": evaluate.run, "data": data.run, "env": env.run}
+    commands = {
+        "train": train.run,
+        "eval": evaluate.run,
+        "data": data.run,
+        "profile": profile.run,
+        "env": env.run,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP, end="")
         return 0 if argv else 2

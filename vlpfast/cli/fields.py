@@ -9,20 +9,33 @@ from difflib import get_close_matches
 from vlpfast.cli.usage import UsageError
 
 
-def take_resume(flags: list[str]) -> tuple[list[str], str | None]:
-    """The flags without `--resume X`, and X: it belongs to this start, not to the run."""
-    rest, resume = [], None
+def take_options(flags: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The flags without `--NAME X` of any of `names`, and X by name: these are a command's own, no
+    fields of the run.
+
+    Raises:
+        UsageError: one of them has no value.
+    """
+    rest, found = [], {}
     tokens = iter(flags)
     for token in tokens:
-        if token == "--resume":
-            resume = next(tokens, None)
-            if resume is None or resume.startswith("--"):
-                raise UsageError("--resume needs 'latest' or the path of a checkpoint")
-        elif token.startswith("--resume="):
-            resume = token.partition("=")[2]
-        else:
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or name not in names:
             rest.append(token)
-    return rest, resume
+            continue
+        found[name] = value if equals else next(tokens, "--")
+        if found[name].startswith("--"):
+            raise UsageError(f"--{name} needs a value")
+    return rest, found
+
+
+def take_resume(flags: Sequence[str]) -> tuple[list[str], str | None]:
+    """The flags without `--resume X`, and X: it belongs to this start, not to the run."""
+    try:
+        rest, found = take_options(flags, ("resume",))
+    except UsageError as error:
+        raise UsageError("--resume needs 'latest' or the path of a checkpoint") from error
+    return rest, found.get("resume")
 
 
 def full_paths(flags: Sequence[str], config: object) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 
-from vlpfast.cli.fields import full_paths, take_resume
-from vlpfast.cli.usage import UsageError, parse
+from vlpfast.cli.fields import take_resume
+from vlpfast.cli.recipe import print_recipes, recipe_config
 
 _HELP = """Trains a recipe. A field is set by its path, or by its name where no other has it.
 
@@ -23,28 +23,12 @@ Example:
 
 def run(args: list[str]) -> int:
     """Trains a recipe; returns the exit code."""
-    from vlpfast import recipes
-
     if not args or args[0] in ("-h", "--help"):
-        known = "\n  ".join(recipes.names())
-        print("usage: vlpfast train RECIPE [--data PATH] [--resume latest] [--field value ...]\n")
-        print(f"{_HELP}\nrecipes:\n  {known}\n\nvlpfast train RECIPE --help lists all fields.")
+        print_recipes("train", "[--data PATH] [--resume latest]", _HELP)
         return 0 if args else 2
     name, *flags = args
-    try:
-        recipe = recipes.get(name)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     flags, resume = take_resume(flags)
-    flags = full_paths(flags, recipe)
-    config = parse(f"vlpfast train {name}", type(recipe), flags, _HELP, default=recipe)
-    if (config.model.preset, config.model.size) != (recipe.model.preset, recipe.model.size):
-        raise UsageError(
-            "model.preset and model.size belong to the recipe; choose another recipe: "
-            f"{', '.join(recipes.names())}"
-        )
-    if not config.data.path:
-        raise UsageError(f"recipe {name!r} needs data: vlpfast train {name} --data PATH")
+    config = recipe_config("train", name, flags, _HELP)
 
     from vlpfast.train.run import train
 

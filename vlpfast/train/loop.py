@@ -196,7 +196,7 @@ class Trainer:
                 started, cpu = time.monotonic(), time.process_time()
                 if started - began > limit_s:
                     self._want_stop("time limit")
-                report = self._take_step(module, batches)
+                report = self.take_step(module, batches)
                 step_s, cpu_s = time.monotonic() - started, time.process_time() - cpu
                 window.add(report.data_s, step_s, cpu_s, report.losses)
                 log.advance()
@@ -211,7 +211,7 @@ class Trainer:
                 log.info(f"skipped {len(loader.corrupt)} corrupt samples: {names}")
         return means
 
-    def _take_step(self, module: nn.Module, batches: Iterator[Batch]) -> StepReport:
+    def take_step(self, module: nn.Module, batches: Iterator[Batch]) -> StepReport:
         """One optimizer step over `accum_freq` micro-batches, with one read from the device."""
         lr = learning_rate(self.step, self.total_steps, self.optim)
         set_learning_rate(self.optimizer, lr)

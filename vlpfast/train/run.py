@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,15 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
         ValueError: parts of the config do not fit each other, the data, or the checkpoint.
         NonFiniteError: a loss or the gradient became NaN or infinite; it names which.
     """
+    with open_trainer(config, resume) as trainer:
+        return trainer.fit(resume)
+
+
+@contextlib.contextmanager
+def open_trainer(config: RunConfig, resume: str | None = None) -> Iterator[Trainer]:
+    """Model, data and processes of `config` as a trainer that has not begun; writes nothing but the
+    data's index. Arguments and errors are those of `train`.
+    """
     if not config.data.path:
         raise ValueError("data.path is not set: name the data with --data PATH")
     resumes = checkpoint.find(config.run_dir, resume) is not None
@@ -95,8 +105,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
 
         run = run_of(config, index, tokenizer, guide, notes)
         ready = partial(prepare, config=config, tokenizer=tokenizer, guide=guide)
-        trainer = Trainer(step, open_loader, config.optim, config.train, run, world, ready)
-        return trainer.fit(resume)
+        yield Trainer(step, open_loader, config.optim, config.train, run, world, ready)
 
 
 def prepare(batch: Batch, config: RunConfig, tokenizer: Tokenizer, guide: Guide | None) -> Batch:
