@@ -244,7 +244,7 @@ def test_together_serves_any_of_its_objectives():
         ("lxmert", {"wra": 1.0, "masking": "apart"}, r"wra needs fused image tokens"),
         ("lxmert", {"mra": 1.0}, r"no attribute head: set model\.vision\.region_attr"),
         ("lxmert", {"qa": 1.0}, r"qa needs an answer head; .*no answer head: set data\.answers"),
-        ("lxmert", {"qa": 1.0, "masking": "apart"}, r"qa reads the rows .*'together', got 'apart'"),
+        ("lxmert", {"qa_targets": "all"}, r"qa_targets must be 'one' or 'scores', got 'all'"),
         ("lxmert", {"momentum": 0.9}, r"; a teacher \(objectives\.momentum\) needs 'apart'"),
     ],
     ids=str,

@@ -20,7 +20,8 @@ class Batch:
     """B image-text pairs.
 
     Attributes:
-        images (B, H, W, 3): uint8, NHWC; normalising is `ops.patch_embed`'s work.
+        images (B, H, W, 3): uint8, NHWC; normalising is `ops.patch_embed`'s work. Of texts about
+            two images each (2B, H, W, 3), all first ones first; so are `sizes`.
         sizes (B, 2): int64 height and width of each image in the top left corner of its place, on
             the host; None: they fill it.
         text: packed token ids (int64), each sequence with its start and end token.
@@ -43,6 +44,9 @@ class Batch:
         prompt: packed token ids of what each image is asked, which `text` answers, or None.
         answer_ids (B,): int64, the number of the answer where `text` is a question; -100 where it
             is none, or its answer is not among the data's; or None.
+        answer_sets, answer_scores: packed int64 numbers of all the data's answers that people gave
+            to each question, and float32 scores of these; none where the text is no question, or
+            None.
         drawn (n,): int64, the rows whose text is their image's codes, which a tokenizer fills in:
             they are made from the prompt alone, without the image; or None.
         class_ids (B,): int64, the class that each image shows (one of those it does), as a number
@@ -69,10 +73,18 @@ class Batch:
     class_ids: Tensor | None = None
     class_names: Ragged | None = None
     answer_ids: Tensor | None = None
+    answer_sets: Ragged | None = None
+    answer_scores: Tensor | None = None
     sizes: Tensor | None = None
 
     def __len__(self) -> int:
-        return self.images.shape[0]
+        return self.image_ids.shape[0]
+
+    @property
+    def image_positions(self) -> Tensor:
+        """`positions`, and of second images others that no sample has: a key for each image."""
+        pairs = len(self.images) > len(self)
+        return torch.cat([self.positions, ~self.positions]) if pairs else self.positions
 
     def visual(self, front: str) -> Tensor | Images | Regions:
         """What a front end of kind `front` reads: regions for "regions", else pixels, with the

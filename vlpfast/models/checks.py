@@ -64,8 +64,13 @@ def check_model(model: ModelConfig) -> None:
             "vision.region_attributes needs vision.region_kind 'lxmert', "
             f"got {model.vision.region_kind!r}"
         )
-    if model.answers and not model.fusion.pooler:
-        raise ValueError("answers needs fusion.pooler True, got False")
+    if model.answer_images not in (1, 2):
+        raise ValueError(f"answer_images must be 1 or 2, got {model.answer_images}")
+    if model.answers and "a fusion tower" not in model.parts:
+        raise ValueError(
+            "answers are told from fused text and image: fusion.depth must be > 0 and fusion.causal "
+            f"False, got {model.fusion.depth} and {model.fusion.causal}"
+        )
     for name in ("image", "text"):
         dim = (model.vision if name == "image" else model.text).dim
         if model.embed_dim and not getattr(model, f"{name}_projection") and dim != model.embed_dim:

@@ -65,6 +65,8 @@ class ModelConfig:
         region_heads: whether it predicts hidden regions' features and classes (UNITER).
         answers: of how many answers it tells that of a question (LXMERT), 0: of none; training sets
             it to the data's.
+        answer_images: how many images a question is about: 1, or 2 (NLVR2), each of which the text
+            reads in a row of its own; training sets it to the data's.
         codes: of how many codes it predicts those of hidden patches (BEiT), 0: of none; training
             sets it to the tokenizer's.
         code_transform: whether the head of codes has BERT's transform (FLAVA).
@@ -89,6 +91,7 @@ class ModelConfig:
     decoder: bool = False
     region_heads: bool = False
     answers: int = 0
+    answer_images: int = 1
     codes: int = 0
     code_transform: bool = False
     color_head: bool = False

@@ -57,18 +57,25 @@ class TokenHead(nn.Module):
 
 class AnswerHead(nn.Module):
     """Which of the data's answers is a question's: Linear to twice the width, GELU, LayerNorm,
-    Linear.
+    Linear; of a question about several images, what is pooled with each stands side by side.
 
-    Source: airsplay/lxmert src/lxrt/modeling.py `BertVisualAnswerHead`.
+    Source: airsplay/lxmert src/lxrt/modeling.py `BertVisualAnswerHead`, and UNITER's head;
+    dandelin/ViLT vilt/modules/vilt_module.py, `nlvr2_classifier`, for two images. Deviation: ViLT
+    and BEiT-3 normalise before GELU.
     """
 
-    def __init__(self, dim: int, num_answers: int, norm_eps: float) -> None:
+    def __init__(self, dim: int, num_images: int, num_answers: int, norm_eps: float) -> None:
         super().__init__()
-        self.dense, self.norm = nn.Linear(dim, 2 * dim), ResidualNorm(2 * dim, norm_eps)
+        self.num_images = num_images
+        self.dense, self.norm = (
+            nn.Linear(num_images * dim, 2 * dim),
+            ResidualNorm(2 * dim, norm_eps),
+        )
         self.answers = nn.Linear(2 * dim, num_answers)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(n, dim) -> (n, num_answers)."""
+        """(num_images * n, dim), all questions with their first images first, -> (n, num_answers)."""
+        pooled = pooled.unflatten(0, (self.num_images, -1)).transpose(0, 1).flatten(1)
         return self.answers(self.norm(F.gelu(self.dense(pooled)))[0])
 
 
@@ -124,7 +131,9 @@ class Heads(nn.Module):
             else None
         )
         self.answer_head = (
-            AnswerHead(width, config.answers, fusion.norm_eps) if config.answers else None
+            AnswerHead(width, config.answer_images, config.answers, fusion.norm_eps)
+            if config.answers
+            else None
         )
         self.code_head = None
         if config.codes and config.code_transform:
@@ -242,7 +251,7 @@ class Heads(nn.Module):
         return full(self.match_head(self.pool(first_tokens, first_places)))
 
     def pool(self, first_tokens: Tensor, first_places: Tensor | None = None) -> Tensor:
-        """What the matching head reads of first tokens (R, D): BERT's pooler where there is one;
+        """What heads of pairs read of first tokens (R, D): BERT's pooler where there is one;
         with `fusion.pair_pooler` the product of what is pooled of texts and of images.
         """
         if self.image_pooler is not None:
@@ -271,10 +280,13 @@ class Heads(nn.Module):
             raise ValueError(missing(self.config.preset, "an attribute head"))
         return full(self.region_heads.attribute_logits(hidden))
 
-    def answer_logits(self, first_tokens: Tensor) -> Tensor:
-        """Logits (R, answers) of the answers to questions, from their first fused tokens (R, D)."""
+    def answer_logits(self, first_tokens: Tensor, first_places: Tensor | None = None) -> Tensor:
+        """Logits (R, answers) of the answers to questions, from what `first_tokens` gives of their
+        rows: pooled as for matching. With `answer_images` 2 the rows are 2R, all questions with
+        their first images and then all with their second.
+        """
         self._need(self.answer_head, "an answer head")
-        return full(self.answer_head(self.pool(first_tokens)))
+        return full(self.answer_head(self.pool(first_tokens, first_places)))
 
     def patches(self, tokens: Tensor) -> Tensor:
         """Of image tokens (B, N, D) those of patches, (B, P, D)."""

@@ -37,7 +37,9 @@ class ObjectivesConfig:
             distributions are averaged over (`objectives.regions`).
         mra: regions' attributes by confidence, as `mrc` with `mrc_weighted` (LXMERT).
         qa: which of the data's answers answers the question that the text is, where it is one and
-            the image is its own; with `masking` "together" (LXMERT; `data.answers`).
+            the image is its own (`data.answers`); of a question about two images alone.
+        qa_targets: "one" answer (LXMERT), or the "scores" of all that people gave (fine-tuning for
+            VQA).
         mrfr_loss: "mse" (UNITER) or "smooth_l1" (LXMERT).
         mrc_weighted: each region's class counts by the detector's confidence in it (LXMERT), with
             `mrm_reduction` "code" also of regions that are not hidden.
@@ -84,6 +86,7 @@ class ObjectivesConfig:
     mrckl: float = 0.0
     mra: float = 0.0
     qa: float = 0.0
+    qa_targets: Literal["one", "scores"] = "one"
     mtm: float = 0.0
     mtm_probability: float = 0.15
     mlm_causal: bool = False
@@ -151,10 +154,9 @@ class ObjectivesConfig:
                 f"objectives.masking 'together' is one row of each pair, for {sorted(together)}; "
                 f"{', '.join(others) or 'a teacher (objectives.momentum)'} needs 'apart'"
             )
-        if self.qa and self.masking != "together":
+        if self.qa_targets not in ("one", "scores"):
             raise ValueError(
-                "objectives.qa reads the rows of objectives.masking 'together', "
-                f"got {self.masking!r}"
+                f"objectives.qa_targets must be 'one' or 'scores', got {self.qa_targets!r}"
             )
         mixed = {name for name, _ in self.mix}
         if self.mix and mixed != self.weights.keys() - {"wra"}:

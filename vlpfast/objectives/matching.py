@@ -8,8 +8,10 @@ from torch import Tensor
 
 from vlpfast.data.batch import Batch
 from vlpfast.objectives.passes import Loss, Passes
+from vlpfast.objectives.plan import Rows
 from vlpfast.ops.reference.counter import draw, stream, uniform
 from vlpfast.ops.seed import fold_seed
+from vlpfast.ragged import Ragged
 
 
 def itm(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) -> Loss:
@@ -34,23 +36,58 @@ def matched_pairs(passes: Passes) -> Tensor:
 
 
 def qa(passes: Passes) -> Loss:
-    """Which answer is that of the question that the text is, from the pooled first token: its
-    cross-entropy over the texts that have one and are shown their own image. `metrics` gets their
-    accuracy.
+    """Which answer is that of the question that the text is, from what matching reads of the row:
+    `qa_targets` "one" is its cross-entropy, over the texts that have one and are shown their own
+    image; "scores" is `score_loss`. `metrics` gets their accuracy.
 
     Source: Tan & Bansal 2019 (LXMERT), section 3.1.3, arXiv:1908.07490; airsplay/lxmert
     src/pretrain/lxmert_pretrain.py, `convert_example_to_features`.
     """
-    labels = passes.batch.answer_ids
+    batch, plan, model, size = passes.batch, passes.plan, passes.model, len(passes.batch)
+    labels, told = batch.answer_ids, batch.answer_sets
     if labels is None:
         raise ValueError("objectives.qa needs questions with answers: set data.tasks, data.answers")
-    if passes.mixed_image is not None:
-        labels = torch.where(matched_pairs(passes), labels, -100)
-    logits = passes.model.answer_logits(passes.model.first_tokens(passes.fused)[0])
-    asked = labels != -100
-    right = (logits.argmax(1) == labels).sum()
-    passes.metrics["qa_accuracy"] = right / asked.sum().clamp(min=1)
-    return F.cross_entropy(logits, labels, reduction="sum"), asked.sum()
+    first = 0 if plan.together else plan.first_sequence(Rows.MATCHED, size)
+    rows = slice(first, first + size * model.config.answer_images)
+    read = (None if t is None else t[rows] for t in model.first_tokens(passes.fused))
+    logits = model.answer_logits(*read)
+    shown = torch.ones_like(labels, dtype=torch.bool)
+    if plan.together and passes.mixed_image is not None:
+        shown = matched_pairs(passes)
+    if passes.config.qa_targets == "scores":
+        loss, right = score_loss(logits, told, batch.answer_scores, shown)
+    else:
+        labels = torch.where(shown, labels, -100)
+        loss = F.cross_entropy(logits, labels, reduction="sum"), (labels != -100).sum()
+        right = (logits.argmax(1) == labels).sum()
+    passes.metrics["qa_accuracy"] = right / loss[1].clamp(min=1)
+    return loss
+
+
+def score_loss(logits: Tensor, told: Ragged, scores: Tensor, shown: Tensor) -> tuple[Loss, Tensor]:
+    """Binary cross-entropy of every answer with its score, summed over the answers: the mean over
+    answers times their number, as VQA is fine-tuned.
+
+    -log p of score t is softplus(x) - t x: answers of score 0 need no target.
+
+    Args:
+        logits (R, A): of R questions.
+        told: packed int64 numbers of each question's answers.
+        scores (n,): of these, in [0, 1].
+        shown (R,): bool, rows that count, if they have an answer at all.
+
+    Returns:
+        (sum, count) and the sum of the scores of the likeliest answers.
+
+    Source: Chen et al. 2020 (UNITER), appendix A.2; dandelin/ViLT
+        vilt/modules/objectives.py, `compute_vqa`.
+    """
+    rows, counted = told.row_ids(), shown & (told.lens > 0)
+    chosen = counted[rows]
+    at = scores * chosen
+    loss = F.softplus(logits).sum(1) @ counted.to(logits.dtype) - at @ logits[rows, told.values]
+    right = (at * (logits.argmax(1)[rows] == told.values)).sum()
+    return (loss, counted.sum()), right
 
 
 def mixed_images(batch: Batch, seed: int) -> Tensor:

@@ -28,6 +28,7 @@ class Rows(Enum):
     MASKED_TEXT_ALONE = "masked_text_alone"
     MASKED_IMAGE_ALONE = "masked_image_alone"
     TOGETHER = "together"
+    SECOND = "second"
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,16 @@ class Plan:
 
     @classmethod
     def of(
-        cls, config: ObjectivesConfig, *, one_stack: bool = False, over_ranks: bool = False
+        cls,
+        config: ObjectivesConfig,
+        *,
+        one_stack: bool = False,
+        over_ranks: bool = False,
+        images: int = 1,
     ) -> Plan:
         """The passes that the enabled objectives need; `one_stack` says whether one modality's
-        tower is the fusion's stack, `over_ranks` whether there are other ranks.
+        tower is the fusion's stack, `over_ranks` whether there are other ranks, `images` how many
+        images a question is about.
         """
         if config.masking == "together":
             return cls(
@@ -90,6 +97,8 @@ class Plan:
         matching = (Rows.MATCHED, Rows.NEGATIVE_IMAGE, Rows.NEGATIVE_TEXT) if hard else ()
         if config.itm and not hard:
             matching = (Rows.MIXED,)
+        if config.qa and not hard:
+            matching += (Rows.MATCHED, Rows.SECOND)[:images]
         masked = (Rows.MASKED,) if config.mlm else ()
         pairs = config.masks_regions or config.mvm or (config.mpp and one_stack)
         hidden = (Rows.MASKED_IMAGE,) if pairs else ()
@@ -126,8 +135,9 @@ class Plan:
     ) -> tuple[Tensor, Tensor]:
         """For every fusion row: the text sequence it holds and the image it reads, (R,) int64 each.
 
-        Texts and images are numbered as their calls pack them: B clean ones, then B masked ones,
-        then the B texts masked for modelling without images; then those of other ranks, B each;
+        Texts and images are numbered as their calls pack them: B clean ones, then B masked ones
+        (or the B second images of questions about two), then the B texts masked for modelling
+        without images; then those of other ranks, B each;
         the number after the last stands for none.
         `hard_text` (B,) is each image's negative text, `hard_image` (B,) each text's negative
         image, `mixed_image` (B,) the image of random matching.
@@ -145,6 +155,7 @@ class Plan:
             Rows.MASKED_IMAGE: (own, masked_image),
             Rows.MASKED_IMAGE_ALONE: (no_text, masked_image),
             Rows.MASKED_TEXT_ALONE: (own + batch_size * (1 + self.masked_text), no_image),
+            Rows.SECOND: (own, own + batch_size),
             Rows.TOGETHER: (own, own if mixed_image is None else mixed_image),
         }
         texts, images = zip(*(rows[group] for group in self.fusion), strict=True)

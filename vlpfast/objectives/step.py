@@ -102,7 +102,8 @@ class PretrainStep(nn.Module):
         reads.
         """
         config, model = self.config, self.model
-        plan = Plan.of(config, one_stack=model.config.one_stack)
+        images = model.config.answer_images
+        plan = Plan.of(config, one_stack=model.config.one_stack, images=images)
         words = bool(config.mlm or config.mtm)
         trained = (
             (model.image_projection, plan.embed_image),
@@ -129,7 +130,8 @@ class PretrainStep(nn.Module):
         Args:
             batch: with `masked_text` and `mlm_labels` where MLM is enabled, `masked_alone` and
                 `alone_labels` where masked text modelling is, with `regions` where the model reads
-                them, `masked_regions` where hidden ones are predicted, `answer_ids` for QA,
+                them, `masked_regions` where hidden ones are predicted, `answer_ids` for QA or
+                `answer_sets` and `answer_scores` (of two images each, where the model has them),
                 `hidden_patches` for MIM, MVM and MPP, `codes` for the first two, `features` for
                 VQ-KD.
             seed: keys dropout and hard negatives; the caller varies it by step and rank.
@@ -184,7 +186,8 @@ class PretrainStep(nn.Module):
     def _passes(self, batch: Batch, config: ObjectivesConfig, seed: int, step: int) -> Passes:
         """The towers' passes."""
         one_stack, over_ranks = self.model.config.one_stack, self.group is not None
-        plan = Plan.of(config, one_stack=one_stack, over_ranks=over_ranks)
+        images = self.model.config.answer_images
+        plan = Plan.of(config, one_stack=one_stack, over_ranks=over_ranks, images=images)
         alpha = config.alpha_at(step)
         kept = self._kept_patches(batch, step)
         mixed = bool(config.itm) and config.itm_negatives == "random"
@@ -222,8 +225,8 @@ class PretrainStep(nn.Module):
             return self._kept_of_unlike(batch, fold_seed(self.seed, 0))
         if 0 < vision.patch_dropout_steps <= step or num_keep == num_patches:
             return None
-        size, seed = len(batch), fold_seed(self.seed, 0)
-        return keep_ids(size, num_patches, num_keep, seed=seed, sample_ids=batch.positions).ids
+        places, seed = batch.image_positions, fold_seed(self.seed, 0)
+        return keep_ids(len(places), num_patches, num_keep, seed=seed, sample_ids=places).ids
 
     def _kept_of_unlike(self, batch: Batch, seed: int) -> Tensor | None:
         """The same of images of unlike sizes, numbered in an image's own raster; what an image
@@ -240,8 +243,8 @@ class PretrainStep(nn.Module):
             )
         valid = torch.arange(most) < counts[:, None]
         valid = valid.to(batch.images.device, non_blocking=True)
-        keys = {"seed": seed, "sample_ids": batch.positions, "valid": valid}
-        return keep_ids(len(batch), most, vision.max_patches, **keys).ids
+        keys = {"seed": seed, "sample_ids": batch.image_positions, "valid": valid}
+        return keep_ids(len(valid), most, vision.max_patches, **keys).ids
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

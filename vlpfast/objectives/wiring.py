@@ -17,6 +17,13 @@ def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
         for part in OBJECTIVES[name].needs:
             if part not in model.parts:
                 raise ValueError(f"objectives.{name} needs {part}; {missing(model.preset, part)}")
+    about_two = model.answers and model.answer_images > 1
+    alone = objectives.weights.keys() == {"qa"} and objectives.masking == "apart"
+    if about_two and not alone:
+        raise ValueError(
+            "questions about two images (model.answer_images) train objectives.qa alone, with "
+            f"objectives.masking 'apart', got {sorted(objectives.weights)}, {objectives.masking!r}"
+        )
     fusion = model.fusion
     rows = Plan.of(objectives, one_stack=model.one_stack)
     staged = fusion.relative_bias or fusion.joint_experts
