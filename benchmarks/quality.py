@@ -38,6 +38,7 @@ _WORKS = {
     "caption": ("next_token_accuracy", "shuffled_next_token_accuracy"),
     "vqa": ("vqa_accuracy", "shuffled_vqa_accuracy"),
     "entailment": ("entailment_accuracy", "shuffled_entailment_accuracy"),
+    "nlvr": ("nlvr_accuracy", "shuffled_nlvr_accuracy"),
     "box": ("box_accuracy", "shuffled_box_accuracy"),
     "image": ("code_accuracy", "other_caption_code_accuracy"),
     "classify": ("accuracy", ""),

@@ -103,6 +103,7 @@ def test_a_head_of_other_answers_starts_fresh(scenes, tmp_path):
     for before, same in told.items():
         if before is not None:
             (tmp_path / "answers.json").write_text(json.dumps(before))
+            (tmp_path / "config.json").write_text('{"model": {"answer_images": 1}}')
         assert fresh_parts(config, index) == (() if same else ("answer_head.answers.",))
     model = VLPModel(replace(config.model, vision=replace(config.model.vision, region_dim=64)))
     named = [n for n in model.state_dict() if n.startswith("answer_head.answers.")]

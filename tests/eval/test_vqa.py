@@ -64,9 +64,13 @@ def test_batches_carry_what_is_asked_and_answered(scenes):
 def test_prompts_are_texts_of_the_tokenizer(scenes):
     texts = list(iter_texts(scenes, ("vqa",)))
     assert len(texts) == 2 * sum(len(scenes.record(i)["questions"]) for i in range(16))
-    with pytest.raises(ValueError, match="tasks must be caption, vqa, entailment, box, region or "):
+    with pytest.raises(
+        ValueError, match="tasks must be caption, vqa, entailment, nlvr, box, region or "
+    ):
         DataConfig(path="", tasks=("riddle",))
-    with pytest.raises(ValueError, match=r"'vqa': no field 'questions', found \['a'\]"):
+    with pytest.raises(
+        ValueError, match=r"'vqa': no field 'questions' or 'question', found \['a'\]"
+    ):
         examples({"a": 1}, "vqa")
 
 

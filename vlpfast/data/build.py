@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from vlpfast.data.decode import inspect
-from vlpfast.data.sources import SourceRow, containers, is_table, iter_rows
+from vlpfast.data.sources import SourceRow, containers, iter_rows, shards
 from vlpfast.data.tables import BytesColumn, Column
 
 FORMAT_VERSION = 1
+# In meta.json: of how many rows nothing is said in a caption.
+WITHOUT_CAPTIONS = "num_without_captions"
 _CHUNK = 1024
 COLUMNS = {
     "container": np.int32,
@@ -32,8 +34,13 @@ COLUMNS = {
     "caption_starts": np.int64,
     "image_ids": np.int64,
 }
+# Of the second images of texts about two, beside those of the first; only such a source has them.
+SECOND = {f"second_{name}": COLUMNS[name] for name in list(COLUMNS)[:6]}
+SECOND_NAMES = "second_names"
 BYTES = ("containers", "names", "captions", "records", "invalid_names", "invalid_reasons")
 _LOG = logging.getLogger("vlpfast.data")
+# Size in bytes, width, height, plain.
+Checked = tuple[int, int, int, bool]
 
 
 def stable_id(value: object) -> int:
@@ -69,15 +76,16 @@ def build_tables(
     with atomic(folder) as temporary, ThreadPoolExecutor() as pool:
         temporary.mkdir(parents=True)
         writer = _Writer(temporary)
-        if not is_table(source):
-            for path in containers(source):
-                writer.strings["containers"].append(path.name.encode())
+        for path in shards(source):
+            writer.strings["containers"].append(path.name.encode())
         check = _checker(source, verify, require_captions)
-        rows = iter_rows(source, image_key=image_key, caption_key=caption_key)
+        keys = {"image_key": image_key, "caption_key": caption_key}
+        rows = iter_rows(source, need_captions=require_captions, **keys)
         while chunk := list(itertools.islice(rows, _CHUNK)):
             for row, found in zip(chunk, pool.map(check, chunk), strict=True):
                 writer.add(row, found)
         writer.close()
+        meta = meta | {WITHOUT_CAPTIONS: writer.num_without_captions}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
     if writer.num_invalid:
         _LOG.warning("%s: %d invalid samples left out", source, writer.num_invalid)
@@ -85,16 +93,20 @@ def build_tables(
 
 def _checker(
     source: Path, verify: str, require_captions: bool
-) -> Callable[[SourceRow], tuple[int, int, int, bool] | str]:
-    """A function from a row to (size, width, height, plain), or to the reason why it is invalid."""
-    shards = [] if is_table(source) else containers(source)
+) -> Callable[[SourceRow], list[Checked] | str]:
+    """A function from a row to what is found of its images, or to the reason why it is invalid."""
+    paths = shards(source)
 
-    def check(row: SourceRow) -> tuple[int, int, int, bool] | str:
+    def check(row: SourceRow) -> list[Checked] | str:
         if row.problem:
             return row.problem
         if require_captions and not row.captions:
             return "empty caption"
-        path = source.parent / row.name if row.container < 0 else shards[row.container]
+        found = [check_image(image) for image in row.images]
+        return next((reason for reason in found if isinstance(reason, str)), found)
+
+    def check_image(row: SourceRow) -> Checked | str:
+        path = source.parent / row.name if row.container < 0 else paths[row.container]
         try:
             with open(path, "rb") as file:
                 file.seek(row.offset)
@@ -114,18 +126,21 @@ class _Writer:
     def __init__(self, folder: Path) -> None:
         self.columns = {name: Column(folder / f"{name}.npy", d) for name, d in COLUMNS.items()}
         self.strings = {name: BytesColumn(folder, name) for name in BYTES}
-        self.num_rows = self.num_invalid = self._num_captions = 0
+        self.num_rows = self.num_invalid = self.num_without_captions = 0
+        self._folder, self._num_captions, self._num_valid = folder, 0, 0
+        self._second: dict[str, Column | BytesColumn] = {}
         self.columns["caption_starts"].append(0)
 
-    def add(self, row: SourceRow, found: tuple[int, int, int, bool] | str) -> None:
+    def add(self, row: SourceRow, found: list[Checked] | str) -> None:
         number, self.num_rows = self.num_rows, self.num_rows + 1
+        self.num_without_captions += not row.captions
         if isinstance(found, str):
             self.num_invalid += 1
             self.strings["invalid_names"].append(os.fsencode(row.name))
             self.strings["invalid_reasons"].append(found.encode(errors="replace"))
             return
         self._num_captions += len(row.captions)
-        values = (row.container, row.offset, *found, self._num_captions)
+        values = (row.container, row.offset, *found[0], self._num_captions)
         image_id = stable_id(row.record["image_id"]) if "image_id" in row.record else number
         for column, value in zip(self.columns.values(), (*values, image_id), strict=True):
             column.append(value)
@@ -133,9 +148,23 @@ class _Writer:
         for caption in row.captions:
             self.strings["captions"].append(caption.encode())
         self.strings["records"].append(json.dumps(row.record).encode())
+        self._add_second(row, found)
+
+    def _add_second(self, row: SourceRow, found: list[Checked]) -> None:
+        if row.second is not None and self._num_valid == 0:
+            self._second = {n: Column(self._folder / f"{n}.npy", d) for n, d in SECOND.items()}
+            self._second[SECOND_NAMES] = BytesColumn(self._folder, SECOND_NAMES)
+        self._num_valid += 1
+        if (row.second is None) != (not self._second):
+            raise ValueError(f"{row.name}: all texts of a source are about one image, or all two")
+        if row.second is not None:
+            values = (row.second.container, row.second.offset, *found[1])
+            values = (*values, os.fsencode(row.second.name))
+            for column, value in zip(self._second.values(), values, strict=True):
+                column.append(value)
 
     def close(self) -> None:
-        for column in (*self.columns.values(), *self.strings.values()):
+        for column in (*self.columns.values(), *self.strings.values(), *self._second.values()):
             column.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlpfast.data.prompts import LOCATED, TASKS
+from vlpfast.data.prompts import ANSWER, LOCATED, TASKS
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,15 @@ class DataConfig:
             them from the truth of generated scenes, "files" are those in `<path>.regions`
             (`data.regions`); "" is none. Crops and flips do not apply to them.
         tasks: what images are asked, each sample one of these by chance, a name that is repeated
-            as often as it is: "caption", "vqa", "entailment"; "box", where an object is; "region",
-            what is somewhere; "image", a caption asks for the image's codes (`data.prompts`);
-            empty: captions without a prompt.
+            as often as it is: "caption", "vqa", "entailment"; "nlvr", whether a sentence holds of
+            two images; "box", where an object is; "region", what is somewhere; "image", a caption
+            asks for the image's codes (`data.prompts`); empty: captions without a prompt. With
+            "caption" and "image" every sample must have a caption.
         answers: of how many answers, the most frequent, the text is a question's: with `tasks`, a
             sample's text is what it is asked, or its caption, and the answer is a label (LXMERT);
-            0: prompts are of their own, and texts answer them.
+            0: prompts are of their own, and texts answer them. VQA v2's 3129 are those that at
+            least nine questions have (`answers_at_least`).
+        answers_at_least: of how many questions an answer must be the answer.
         locations: location tokens in the vocabulary, bins of an image's width and height
             (Unified-IO: 1000); 0: none. `<loc17>` in a text is one of them.
         classes: class names of the images: the record field that holds one or a list of them;
@@ -80,6 +83,7 @@ class DataConfig:
     regions: Literal["", "scenes", "files"] = ""
     tasks: tuple[str, ...] = ()
     answers: int = 0
+    answers_at_least: int = 1
     locations: int = 0
     classes: str = ""
     captions: tuple[int, ...] = ()
@@ -122,6 +126,7 @@ class DataConfig:
             ("cache_gib", 0),
             ("window", 0),
             ("answers", 0),
+            ("answers_at_least", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
@@ -148,8 +153,10 @@ class DataConfig:
         if unknown := set(self.tasks) - set(TASKS):
             *others, last = TASKS
             raise ValueError(f"tasks must be {', '.join(others)} or {last}, got {sorted(unknown)}")
-        if self.answers and not set(self.tasks) - {"caption"}:
-            raise ValueError(f"answers needs tasks that ask (vqa, entailment), got {self.tasks}")
+        asking = set(self.tasks) - {"caption"}
+        if self.answers and (not asking or asking - ANSWER.keys()):
+            names = ", ".join(ANSWER)
+            raise ValueError(f"answers needs tasks that ask ({names}), got {self.tasks}")
         if self.locations < 0 or self.locations == 1:
             raise ValueError(f"locations must be 0 or >= 2, got {self.locations}")
         located = sorted(set(LOCATED) & set(self.tasks))

@@ -22,6 +22,9 @@ from vlpfast.data.build import (
     BYTES,
     COLUMNS,
     FORMAT_VERSION,
+    SECOND,
+    SECOND_NAMES,
+    WITHOUT_CAPTIONS,
     atomic,
     build_tables,
     fingerprint,
@@ -94,7 +97,8 @@ class Index:
         """The index of `path`; built first if there is none or the source has changed since.
 
         Args:
-            path: folder of *.tar shards, .tar, .jsonl, .json, .csv or .tsv.
+            path: folder of *.tar shards, .tar, .jsonl, .json, .csv or .tsv; among these VQA v2's
+                questions, and pairs of generated scenes, `SPLIT.nlvr.jsonl`.
             index_dir: folder of the tables; `<path>.index` if None.
             id_key: record field whose value is the sample's identity (`image_ids`); empty takes the
                 field `image_id`, or where there is none the sample's own number.
@@ -118,6 +122,9 @@ class Index:
             # An index whose images were all decoded also serves who asks for less.
             if found.get("verify") == "decode":
                 found["verify"] = verify
+            # Where every row has a caption, it is all the same whether one was asked for.
+            if found.pop(WITHOUT_CAPTIONS, 1) == 0:
+                found["require_captions"] = require_captions
             if found != meta:
                 if found:
                     changed = sorted(k for k in meta if found.get(k) != meta[k])
@@ -142,6 +149,9 @@ class Index:
     def _load(cls, source: Path, folder: Path) -> Index:
         tables = {name: load_column(folder / f"{name}.npy") for name in COLUMNS}
         strings = {name: BytesTable(folder, name) for name in BYTES}
+        if (folder / f"{SECOND_NAMES}.npy").exists():
+            tables |= {name: load_column(folder / f"{name}.npy") for name in SECOND}
+            strings[SECOND_NAMES] = BytesTable(folder, SECOND_NAMES)
         return cls(source, folder, tables, strings, range(len(tables["size"])))
 
     def __len__(self) -> int:
@@ -168,6 +178,18 @@ class Index:
         names, reasons = self.strings["invalid_names"], self.strings["invalid_reasons"]
         pairs = zip(names, reasons, strict=True)
         return {os.fsdecode(name): reason.decode() for name, reason in pairs}
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its texts are about two images each."""
+        return SECOND_NAMES in self.strings
+
+    @property
+    def second(self) -> Index:
+        """The same samples, their second images in the place of the first."""
+        tables = {name.removeprefix("second_"): self.tables[name] for name in SECOND}
+        strings = {**self.strings, "names": self.strings[SECOND_NAMES]}
+        return replace(self, tables={**self.tables, **tables}, strings=strings)
 
     def column(self, name: str) -> np.ndarray:
         """(N,) column `name` of this selection, one of `build.COLUMNS`."""

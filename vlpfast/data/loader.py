@@ -10,7 +10,7 @@ import torch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader_torch import TorchLoader
-from vlpfast.data.prompts import iter_texts
+from vlpfast.data.prompts import iter_texts, needs_captions
 from vlpfast.data.regions import with_regions
 from vlpfast.data.tokenizer import Tokenizer, find_clip_vocabulary
 
@@ -27,6 +27,7 @@ def open_index(config: DataConfig) -> Index:
         image_key=config.image_key,
         caption_key=config.caption_key,
         verify=config.verify,
+        require_captions=needs_captions(config.tasks),
     )
     return with_regions(index.where(config.conditions), config.regions)
 
@@ -49,20 +50,23 @@ def _make_tokenizer(config: DataConfig, index: Index) -> Tokenizer:
     return Tokenizer.load(config.tokenizer)
 
 
-def choose_loader(config: DataConfig) -> str:
+def choose_loader(config: DataConfig, *, pairs: bool = False) -> str:
     """The loader that `config` gets here, "dali" or "torch".
 
     "auto" is DALI on a GPU. On CPU Pillow takes fewer CPU seconds an image (1.3 to 1.9 times, by
     size), and those are the training step's.
 
-    Raises RuntimeError if DALI is asked for by name and is not installed.
+    Raises RuntimeError if DALI is asked for by name and is not installed, ValueError if it is for
+    texts about two images (`pairs`).
     """
+    if config.loader == "dali" and pairs:
+        raise ValueError("texts about two images are loaded by 'torch': data.loader is 'dali'")
     installed = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     if config.loader == "dali" and not installed:
         raise RuntimeError(
             "loader 'dali' needs the package nvidia-dali-cuda130, which is not installed"
         )
-    if config.loader == "auto" and config.max_aspect > 1:
+    if config.loader == "auto" and (config.max_aspect > 1 or pairs):
         return "torch"
     if config.loader == "auto":
         return "dali" if installed and torch.cuda.is_available() else "torch"
@@ -102,7 +106,7 @@ def make_loader(
     Returns: an iterable of `Batch`, with `corrupt` and `close()`.
     """
     kind = TorchLoader
-    if choose_loader(config) == "dali":
+    if choose_loader(config, pairs=index.has_pairs) == "dali":
         from vlpfast.data.loader_dali import DaliLoader
 
         kind = DaliLoader

@@ -7,7 +7,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,16 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from vlpfast.data import augment
-from vlpfast.data.answers import open_answers
+from vlpfast.data.answers import config_answers, question
 from vlpfast.data.batch import Batch
 from vlpfast.data.classes import open_classes
 from vlpfast.data.config import DataConfig
 from vlpfast.data.decode import crop_resize, decode_rgb
 from vlpfast.data.index import Index
+from vlpfast.data.locations import Box
 from vlpfast.data.plan import StreamPlan, share
-from vlpfast.data.prompts import TASKS, choose
+from vlpfast.data.prompts import choose, needs_captions
 from vlpfast.data.regions import open_regions
 from vlpfast.data.tokenizer import Tokenizer
+from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 
 _MAX_REDRAWS = 16
@@ -41,6 +44,7 @@ class Draws:
         positions (B,): places in the stream.
         samples (B,): rows of the index.
         boxes (B, 4): x, y, width, height of the crops.
+        others (B, 4): the same of second images; None where there are none.
         captions (B,): caption ids in the token table; -1 where a sample has no caption.
     """
 
@@ -48,10 +52,24 @@ class Draws:
     samples: np.ndarray
     boxes: np.ndarray
     captions: np.ndarray
+    others: np.ndarray | None = None
 
     def select(self, rows: np.ndarray) -> Draws:
         """The draws of `rows` only."""
-        return Draws(*(a[rows] for a in (self.positions, self.samples, self.boxes, self.captions)))
+        columns = (getattr(self, f.name) for f in fields(self))
+        return Draws(*(None if a is None else a[rows] for a in columns))
+
+
+class Asked(NamedTuple):
+    """What one sample is asked: example `number`, counted around, of `task` in its record, of the
+    part `crop` of its image.
+    """
+
+    record: dict
+    caption: str
+    task: str
+    number: int
+    crop: Box
 
 
 class TorchLoader:
@@ -83,6 +101,11 @@ class TorchLoader:
         start_step: int = 0,
         num_codes: int = 0,
     ) -> None:
+        if index.has_pairs and (config.regions or config.max_aspect > 1):
+            raise ValueError(
+                "texts about two images are read with squares of pixels: data.regions must be '' "
+                f"and data.max_aspect 1, got {config.regions!r} and {config.max_aspect}"
+            )
         if "image" in config.tasks and not num_codes:
             raise ValueError("data.tasks 'image' needs the number of an image's codes: num_codes")
         self.index, self.config, self.tokenizer = index, config, tokenizer
@@ -93,7 +116,8 @@ class TorchLoader:
         self._share = None if train else share(index.num_samples, rank, world)
         self._regions = open_regions(index, config.regions)
         self._classes = open_classes(index, config.classes)
-        self._answers = open_answers(index, config.tasks, config.answers) if config.answers else {}
+        self._answers = config_answers(index, config)
+        self._second = index.second if index.has_pairs else None
         self._class_names = (
             Ragged.from_lists(tokenizer.encode(self._classes.names, config.max_tokens))
             if self._classes
@@ -103,7 +127,8 @@ class TorchLoader:
         self.num_workers = config.workers or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
         self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="vlpfast-data")
         self._pin = torch.cuda.is_available()
-        self._cache: dict[int, Image.Image] = {}
+        # By sample, and whether it is the second image.
+        self._cache: dict[tuple[int, bool], Image.Image] = {}
         self._cache_left = int(config.cache_gib * 2**30)
         self._cache_lock = threading.Lock()
         self._undecodable: set[int] = set()
@@ -140,8 +165,11 @@ class TorchLoader:
         """The batch of one step; the same whenever and in whatever thread it is made."""
         draws = self.draws(step)
         images, draws = self._images(draws)
-        positions = torch.from_numpy(draws.positions)
-        images = self._augment(images, positions.to(images.device))
+        positions = keys = torch.from_numpy(draws.positions)
+        if self._second is not None:
+            # The changes of a pair are the same: left and right are told of both.
+            images, keys = images.transpose(0, 1).flatten(0, 1), positions.repeat(2)
+        images = self._augment(images, keys.to(images.device))
         text, more = self._texts(draws)
         return Batch(
             images=images.pin_memory() if self._pin and not images.is_cuda else images,
@@ -171,20 +199,10 @@ class TorchLoader:
         return self._draws_of(samples, samples)
 
     def _draws_of(self, positions: np.ndarray, samples: np.ndarray) -> Draws:
-        config = self.config
-        widths, heights = self.index.at("width", samples), self.index.at("height", samples)
-        if self.train and config.crop_scale != (1.0, 1.0):
-            boxes = augment.crop_boxes(
-                widths,
-                heights,
-                positions,
-                seed=self.seed,
-                scale=config.crop_scale,
-                ratio=config.crop_ratio,
-            )
-        else:
-            whole = "squash" if self._unlike else config.eval_crop
-            boxes = augment.eval_boxes(widths, heights, whole)
+        boxes = self._boxes(self.index, positions, samples, self.seed)
+        others = None
+        if self._second is not None:
+            others = self._boxes(self._second, positions, samples, fold_seed(self.seed, 1))
         first, count = (torch.from_numpy(a) for a in self.index.caption_ranges(samples))
         if self.train:
             first = first + self._caption_places(torch.from_numpy(positions), count)
@@ -193,7 +211,18 @@ class TorchLoader:
             place = min(self.config.captions)
             first = first + torch.where(place < count, place, 0)
         captions = torch.where(count > 0, first, -1)
-        return Draws(positions, samples, boxes, captions.numpy())
+        return Draws(positions, samples, boxes, captions.numpy(), others)
+
+    def _boxes(
+        self, index: Index, positions: np.ndarray, samples: np.ndarray, seed: int
+    ) -> np.ndarray:
+        """(B, 4) crops of the images of `index`."""
+        config = self.config
+        sides = [index.at(name, samples) for name in ("width", "height")]
+        if self.train and config.crop_scale != (1.0, 1.0):
+            drawn = {"scale": config.crop_scale, "ratio": config.crop_ratio}
+            return augment.crop_boxes(*sides, positions, seed=seed, **drawn)
+        return augment.eval_boxes(*sides, "squash" if self._unlike else config.eval_crop)
 
     def _caption_places(self, positions: Tensor, count: Tensor) -> Tensor:
         """(B,) which of its `count` (B,) captions each sample shows in training."""
@@ -207,28 +236,39 @@ class TorchLoader:
 
     def _texts(self, draws: Draws) -> tuple[Ragged, dict[str, Ragged | Tensor | None]]:
         """Packed tokens of the texts, and what belongs to them in a batch: prompts, or answers."""
+        if not needs_captions(self.config.tasks):
+            asked = self._asked(draws)
+            return self._questions(asked) if self.config.answers else self._answered(asked)
         if (draws.captions < 0).any():
             name = self.index.name(int(draws.samples[draws.captions < 0][0]))
             raise ValueError(f"{name} has no caption: it cannot be loaded as an image-text pair")
         if not self.config.tasks:
             return self._tokens.ragged(draws.captions), {}
-        tasks, pairs = self._asked(draws)
-        return self._questions(pairs) if self.config.answers else self._answered(tasks, pairs)
+        asked = self._asked(draws)
+        return self._questions(asked) if self.config.answers else self._answered(asked)
 
-    def _questions(self, pairs: list[tuple[str, str]]) -> tuple[Ragged, dict[str, Tensor]]:
-        """What is asked, as texts, captions as they are; and the answers' numbers."""
-        caption = TASKS["caption"][1]
-        texts = [text if prompt == caption else prompt for prompt, text in pairs]
-        labels = [
-            -100 if prompt == caption else self._answers.get(text, -100) for prompt, text in pairs
-        ]
-        encoded = Ragged.from_lists(self.tokenizer.encode(texts, self.config.max_tokens))
-        return encoded, {"answer_ids": torch.tensor(labels)}
+    def _questions(self, asked: list[Asked]) -> tuple[Ragged, dict[str, Ragged | Tensor]]:
+        """What is asked, as texts, captions as they are; and the answers' numbers and scores."""
+        pairs = [question(a.record, a.caption, a.task, a.number) for a in asked]
+        texts, said = zip(*pairs, strict=True) if pairs else ((), ())
+        # The first is the most frequent.
+        labels = [self._answers.get(next(iter(found), None), -100) for found in said]
+        known = [{a: s for a, s in found.items() if a in self._answers} for found in said]
+        encoded = Ragged.from_lists(self.tokenizer.encode(list(texts), self.config.max_tokens))
+        return encoded, {
+            "answer_ids": torch.tensor(labels, dtype=torch.int64),
+            "answer_sets": Ragged.from_lists([[self._answers[a] for a in f] for f in known]),
+            "answer_scores": torch.tensor([s for f in known for s in f.values()]),
+        }
 
-    def _answered(
-        self, tasks: list[str], pairs: list[tuple[str, str]]
-    ) -> tuple[Ragged, dict[str, Ragged | Tensor | None]]:
+    def _answered(self, asked: list[Asked]) -> tuple[Ragged, dict[str, Ragged | Tensor | None]]:
         """Texts that answer, those that are to become codes of padding; and prompts."""
+        num_bins = len(self.tokenizer.locations)
+        pairs = [
+            choose(a.record, a.caption, a.task, a.number, num_bins=num_bins, crop=a.crop)
+            for a in asked
+        ]
+        tasks = [a.task for a in asked]
         encoded = self.tokenizer.encode(
             [part for pair in pairs for part in pair], self.config.max_tokens
         )
@@ -240,23 +280,21 @@ class TorchLoader:
         rows = torch.tensor(drawn, dtype=torch.int64) if "image" in self.config.tasks else None
         return Ragged.from_lists(texts), {"prompt": Ragged.from_lists(prompts), "drawn": rows}
 
-    def _asked(self, draws: Draws) -> tuple[list[str], list[tuple[str, str]]]:
-        """Each sample's task, its prompt and the text that answers it; in evaluation its first of
-        the first task.
-        """
+    def _asked(self, draws: Draws) -> list[Asked]:
+        """What each sample is asked; in evaluation the first example of the first task."""
         tasks, positions = self.config.tasks, torch.from_numpy(draws.positions)
         chosen = number = torch.zeros_like(positions)
         if self.train:
             chosen = augment.integers(self.seed, positions, augment.TASK, len(tasks))
             number = augment.integers(self.seed, positions, augment.TASK + 1, 1 << 16)
-        captions, num_bins = self.index.strings["captions"], len(self.tokenizer.locations)
+        captions = self.index.strings["captions"]
         sides = [self.index.at(name, draws.samples) for name in ("width", "height")]
         crops = augment.shown_parts(draws.boxes, *sides)
         names = [tasks[t] for t in chosen.tolist()]
         columns = (draws.samples, draws.captions, number, crops)
         rows = zip(names, *(column.tolist() for column in columns), strict=True)
-        return names, [
-            choose(self.index.record(i), captions[c].decode(), name, n, num_bins=num_bins, crop=box)
+        return [
+            Asked(self.index.record(i), captions[c].decode() if c >= 0 else "", name, n, box)
             for name, i, c, n, box in rows
         ]
 
@@ -290,19 +328,21 @@ class TorchLoader:
         if self._unlike:
             side = int(self.image_size * self.config.max_aspect)
             return torch.zeros(num_images, side, side, 3, dtype=torch.uint8)
-        return torch.empty(num_images, self.image_size, self.image_size, 3, dtype=torch.uint8)
+        shape = (num_images, self.image_size, self.image_size, 3)
+        shape = shape if self._second is None else (num_images, 2, *shape[1:])
+        return torch.empty(shape, dtype=torch.uint8)
 
     def _fill(self, images: Tensor, draws: Draws, rows: np.ndarray) -> tuple[Tensor, Draws]:
         """Decodes `rows` of the batch into `images`; see `_images` for what it returns."""
         pixels = images.numpy()
         kept = np.ones(len(draws.samples), np.bool_)
         for row in rows:
-            crop = self._decode(int(draws.samples[row]), draws.boxes[row])
+            crop = self._crop(draws, row)
             if crop is None and self.train:
                 crop = self._redraw(draws, row)
             kept[row] = crop is not None
             if crop is not None:
-                pixels[row, : crop.shape[0], : crop.shape[1]] = crop
+                pixels[row][tuple(slice(n) for n in crop.shape)] = crop
         if kept.all():
             return images, draws
         return images[torch.from_numpy(kept)], draws.select(kept)
@@ -315,10 +355,12 @@ class TorchLoader:
             key = torch.from_numpy(position)
             sample = augment.integers(self.seed, key, counter, self.index.num_samples)
             other = self._draws_of(position, sample.numpy())
-            crop = self._decode(int(sample), other.boxes[0])
+            crop = self._crop(other, 0)
             if crop is not None:
                 draws.samples[row], draws.captions[row] = other.samples[0], other.captions[0]
                 draws.boxes[row] = other.boxes[0]
+                if other.others is not None:
+                    draws.others[row] = other.others[0]
                 return crop
         name, reason = next(reversed(self.corrupt.items()))
         raise RuntimeError(
@@ -326,26 +368,39 @@ class TorchLoader:
             f"corrupt; {len(self.corrupt)} so far, last {name}: {reason}"
         )
 
-    def _decode(self, sample: int, box: np.ndarray) -> np.ndarray | None:
+    def _crop(self, draws: Draws, row: int) -> np.ndarray | None:
+        """Crop (S, S, 3) of a sample, or (2, S, S, 3) of both its images; None if one does not
+        decode.
+        """
+        sample = int(draws.samples[row])
+        crop = self._decode(sample, draws.boxes[row])
+        if crop is None or self._second is None:
+            return crop
+        other = self._decode(sample, draws.others[row], second=True)
+        return None if other is None else np.stack([crop, other])
+
+    def _decode(self, sample: int, box: np.ndarray, second: bool = False) -> np.ndarray | None:
         """Crop of one sample; None, and an entry in `corrupt`, if it does not decode."""
+        index = self._second if second else self.index
         try:
-            image = self._cache.get(sample) or self._open(sample)
+            image = self._cache.get((sample, second)) or self._open(sample, second)
             size = self._sizes(box[None])[0]
             return crop_resize(image, box, tuple(size.tolist()), self.config.interpolation)
         except _DECODE_ERRORS as error:
-            self.corrupt[self.index.name(sample)] = str(error)
+            self.corrupt[index.name(sample)] = str(error)
             self._undecodable.add(sample)
             return None
 
-    def _open(self, sample: int) -> Image.Image:
-        image = decode_rgb(self.index.image_bytes(sample))
-        width, height = (int(self.index.at(n, np.array([sample]))[0]) for n in ("width", "height"))
+    def _open(self, sample: int, second: bool) -> Image.Image:
+        index, key = self._second if second else self.index, (sample, second)
+        image = decode_rgb(index.image_bytes(sample))
+        width, height = (int(index.at(n, np.array([sample]))[0]) for n in ("width", "height"))
         if image.size != (width, height):
             raise ValueError(f"image is {image.size}, the index says {(width, height)}")
         if self._cache_left > 0:
             with self._cache_lock:
-                if sample not in self._cache:
-                    self._cache[sample] = image
+                if key not in self._cache:
+                    self._cache[key] = image
                     self._cache_left -= width * height * _CACHED_BYTES_PER_PIXEL
         return image
 

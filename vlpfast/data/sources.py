@@ -1,6 +1,7 @@
 """The rows of a data source, one at a time: JSONL, JSON, CSV, TSV or WebDataset tar shards.
 
-Images are not opened here.
+Captions, questions and statements about one image or two, in the forms that data sets have. Images
+are not opened here.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ import csv
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from vlpfast.data import vqa_files
 
 IMAGE_KEYS = ("image", "filepath")
 CAPTION_KEYS = ("captions", "caption", "title")
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+# Of generated scenes: statements about pairs of images, which lie in the shards beside the table.
+_SCENE_PAIRS = ".nlvr.jsonl"
 
 
 @dataclass
@@ -29,6 +34,7 @@ class SourceRow:
         captions: non-empty captions.
         record: the other fields.
         problem: why the row cannot be a sample; empty if it can.
+        second: name and place of the second image, of a text about two; else None.
     """
 
     name: str
@@ -38,6 +44,12 @@ class SourceRow:
     captions: list[str] = field(default_factory=list)
     record: dict = field(default_factory=dict)
     problem: str = ""
+    second: SourceRow | None = None
+
+    @property
+    def images(self) -> tuple[SourceRow, ...]:
+        """What has name and place of each of its images."""
+        return (self,) if self.second is None else (self, self.second)
 
 
 def is_table(source: Path) -> bool:
@@ -45,60 +57,112 @@ def is_table(source: Path) -> bool:
     return source.suffix.lower() in _TABLES
 
 
+def shards(source: Path) -> list[Path]:
+    """The tar files in which images of `source` lie, by number."""
+    if source.name.endswith(_SCENE_PAIRS):
+        return sorted(source.parent.glob(f"{source.name.removesuffix(_SCENE_PAIRS)}-*.tar"))
+    return [] if is_table(source) else containers(source)
+
+
 def containers(source: Path) -> list[Path]:
-    """The files of a source: the table, the shard, or all shards of a folder in name order."""
+    """The files of a source: the table with what belongs to it, the shard, or all shards of a
+    folder in name order.
+    """
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     if source.is_dir():
-        shards = sorted(source.glob("*.tar"))
-        if not shards:
+        found = sorted(source.glob("*.tar"))
+        if not found:
             raise ValueError(
                 f"{source}: folder without *.tar shards; expected shards, or a path to a "
                 ".jsonl, .json, .csv or .tsv file"
             )
-        return shards
+        return found
     if not is_table(source) and source.suffix.lower() != ".tar":
         raise ValueError(
             f"{source}: unknown format; expected .tar, .jsonl, .json, .csv, .tsv or a folder"
         )
-    return [source]
+    return [source, *shards(source), *vqa_files.beside(source)] if is_table(source) else [source]
 
 
-def iter_rows(source: Path, *, image_key: str = "", caption_key: str = "") -> Iterator[SourceRow]:
+def iter_rows(
+    source: Path, *, image_key: str = "", caption_key: str = "", need_captions: bool = True
+) -> Iterator[SourceRow]:
     """All rows of `source` in order.
 
     Args:
         source: a table, a shard or a folder of shards.
         image_key, caption_key: column names in a table; empty takes the first of `IMAGE_KEYS`,
             `CAPTION_KEYS` that a row has.
+        need_captions: a table or record without a place for captions is an error.
     """
     if not is_table(source):
         for number, shard in enumerate(containers(source)):
-            yield from _iter_shard(shard, number)
+            yield from _iter_shard(shard, number, need_captions)
         return
     images = (image_key,) if image_key else IMAGE_KEYS
     captions = (caption_key,) if caption_key else CAPTION_KEYS
     readers = {".csv": _iter_csv, ".tsv": _iter_csv, ".json": _iter_json}
     reader = readers.get(source.suffix.lower(), _iter_jsonl)
+    members = _members(source) if source.name.endswith(_SCENE_PAIRS) else {}
     for place, fields in reader(source):
         if isinstance(fields, str):
             yield SourceRow(place, problem=fields)
+        elif members:
+            yield _scene_pair(fields, members)
         else:
-            yield _table_row(place, fields, images, captions)
+            yield _table_row(place, fields, images, captions, need_captions)
 
 
 def _table_row(
-    place: str, fields: dict, image_keys: tuple[str, ...], caption_keys: tuple[str, ...]
+    place: str,
+    fields: dict,
+    image_keys: tuple[str, ...],
+    caption_keys: tuple[str, ...],
+    need_captions: bool,
 ) -> SourceRow:
-    image_key = _first_key(place, fields, image_keys, "an image path")
-    caption_key = _first_key(place, fields, caption_keys, "a caption")
-    name = fields[image_key]
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{place}: {image_key!r} must be a path, got {name!r}")
+    """Rows that show the same, by the names of their images, have one `image_id`, where they have
+    no captions and none of their own.
+    """
+    pair = "images" in fields and not set(image_keys) & fields.keys()
+    image_key = "images" if pair else _first_key(place, fields, image_keys, "an image path")
+    names = fields[image_key] if pair else [fields[image_key]]
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"{place}: {image_key!r} must be a path, got {fields[image_key]!r}")
+    if len(names) != 1 + pair:
+        raise ValueError(f"{place}: 'images' must be two paths, got {names!r}")
+    caption_key = next((key for key in caption_keys if key in fields), "")
+    if not caption_key and need_captions:
+        _first_key(place, fields, caption_keys, "a caption")
     used = {image_key, caption_key}
     record = {key: value for key, value in fields.items() if key not in used}
-    captions, problem = _clean_captions(place, caption_key, fields[caption_key])
-    return SourceRow(name, captions=captions, record=record, problem=problem)
+    captions, problem = [], ""
+    if caption_key:
+        captions, problem = _clean_captions(place, caption_key, fields[caption_key])
+    if not captions and not need_captions:
+        record.setdefault("image_id", " ".join(names))
+    second = SourceRow(names[1]) if pair else None
+    return SourceRow(names[0], captions=captions, record=record, problem=problem, second=second)
+
+
+def _members(source: Path) -> dict[str, SourceRow]:
+    """The images in the shards of `source`, by their names without extension."""
+    rows = (row for n, shard in enumerate(shards(source)) for row in _iter_shard(shard, n, False))
+    return {row.name.partition(".")[0]: row for row in rows}
+
+
+def _scene_pair(fields: dict, members: dict[str, SourceRow]) -> SourceRow:
+    """A statement about two generated scenes."""
+    names = [fields[side] for side in ("left", "right")]
+    for name in names:
+        if name not in members:
+            return SourceRow(name, problem=f"no image {name!r} in the shards beside the table")
+    left, right = (members[name] for name in names)
+    record = {"sentence": fields["statement"], "label": fields["label"]}
+    record["image_id"] = " ".join(names)
+    second = SourceRow(right.name, right.container, right.offset, right.size)
+    row = SourceRow(left.name, left.container, left.offset, left.size, [], record)
+    return replace(row, problem=left.problem or right.problem, second=second)
 
 
 def _first_key(place: str, fields: dict, keys: tuple[str, ...], meaning: str) -> str:
@@ -142,6 +206,8 @@ def _iter_json(source: Path) -> Iterator[tuple[str, dict]]:
         rows = json.loads(source.read_bytes())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{source}: not JSON: {error}") from error
+    if isinstance(rows, dict) and "questions" in rows:
+        rows = vqa_files.questions(source, rows)
     if not isinstance(rows, list):
         raise ValueError(f"{source}: expected a list of objects, found {type(rows).__name__}")
     for number, fields in enumerate(rows):
@@ -168,10 +234,15 @@ def _iter_csv(source: Path) -> Iterator[tuple[str, dict | str]]:
                 yield place, fields
 
 
-def _iter_shard(shard: Path, container: int) -> Iterator[SourceRow]:
+def _iter_shard(shard: Path, container: int, need_captions: bool) -> Iterator[SourceRow]:
     """The samples of one shard: adjacent members of one stem, image + .txt and/or .json."""
     end = shard.stat().st_size
     row, texts, stem = None, {}, None
+
+    def finish(row: SourceRow | None, texts: dict[str, bytes], stem: tuple[str, str]) -> SourceRow:
+        name = f"{shard.name}/{'/'.join(filter(None, stem))}"
+        return _shard_row(row, texts, name, need_captions)
+
     try:
         with tarfile.open(shard, "r:") as tar, shard.open("rb") as file:
             for member in tar:
@@ -182,7 +253,7 @@ def _iter_shard(shard: Path, container: int) -> Iterator[SourceRow]:
                 member_stem, _, extension = base.partition(".")
                 if (folder, member_stem) != stem:
                     if stem is not None:
-                        yield _shard_row(row, texts, f"{shard.name}/{'/'.join(filter(None, stem))}")
+                        yield finish(row, texts, stem)
                     row, texts, stem = None, {}, (folder, member_stem)
                 if extension.lower() in _IMAGE_EXTENSIONS:
                     row = SourceRow(member.name, container, member.offset_data, member.size)
@@ -192,14 +263,16 @@ def _iter_shard(shard: Path, container: int) -> Iterator[SourceRow]:
                     file.seek(member.offset_data)
                     texts[extension.lower()] = file.read(member.size)
             if stem is not None:
-                yield _shard_row(row, texts, f"{shard.name}/{'/'.join(filter(None, stem))}")
+                yield finish(row, texts, stem)
     except tarfile.TarError as error:
         if stem is not None:
-            yield _shard_row(row, texts, f"{shard.name}/{'/'.join(filter(None, stem))}")
+            yield finish(row, texts, stem)
         yield SourceRow(shard.name, problem=f"shard cannot be read to its end: {error}")
 
 
-def _shard_row(row: SourceRow | None, texts: dict[str, bytes], name: str) -> SourceRow:
+def _shard_row(
+    row: SourceRow | None, texts: dict[str, bytes], name: str, need_captions: bool
+) -> SourceRow:
     if row is None:
         return SourceRow(name, problem=f"no image: expected one of {', '.join(_IMAGE_EXTENSIONS)}")
     if row.problem:
@@ -220,7 +293,7 @@ def _shard_row(row: SourceRow | None, texts: dict[str, bytes], name: str) -> Sou
         row.problem = "no caption: no .txt or .json beside the image (members must be adjacent)"
         return row
     key = next((k for k in CAPTION_KEYS[:2] if k in fields), "")
-    if text is None and not key:
+    if text is None and not key and need_captions:
         keys = sorted(fields)
         raise ValueError(f"{row.name}: .json has no 'caption' or 'captions' key, found {keys}")
     value = fields.pop(key) if key else []

@@ -19,6 +19,7 @@ _FIRST_HEADING = {
     **dict.fromkeys(
         ("mlm", "align", "caption", "vqa", "entailment", "box", "classify"), "true image"
     ),
+    "nlvr": "true images",
     "image": "true caption",
     "codes": "trained",
     "mim": "hidden patches",
@@ -38,6 +39,8 @@ class EvalResult:
         counts: what was evaluated, `num_*`.
         intervals: 95 % interval of a metric, percent.
         info: where model and data came from.
+        answers: what was said to each question, as servers of test sets want it: `question_id` and
+            `answer`; not in the JSON.
     """
 
     task: str
@@ -46,6 +49,7 @@ class EvalResult:
     counts: dict[str, int]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     info: dict[str, str | int | float] = field(default_factory=dict)
+    answers: list[dict[str, str | int]] = field(default_factory=list)
 
     def variants(self) -> dict[str, str]:
         """Prefixes of `VARIANTS` that the metrics have, and their headings."""
@@ -79,7 +83,9 @@ class EvalResult:
 
     def to_json(self) -> str:
         """One JSON object; `from_json` reads it back."""
-        return json.dumps(asdict(self), indent=2)
+        values = asdict(self)
+        del values["answers"]
+        return json.dumps(values, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> EvalResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import open_index
+from vlpfast.data.prompts import ANSWER
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.eval import tasks as registry
 from vlpfast.eval.evaluation import EvalOptions, Evaluation
@@ -54,6 +56,8 @@ def evaluate(
     config = replace(
         run.data, path=str(data), where=tuple(where), id_key=id_key or run.data.id_key, index_dir=""
     )
+    if task in ANSWER:
+        config = replace(config, tasks=(task,))
     index = open_index(config)
     result = evaluate_model(
         run.model,
@@ -113,12 +117,17 @@ def evaluate_model(
 
 
 def save(result: EvalResult, folder: Path) -> Path:
-    """Writes `TASK-N.json` and `TASK-N.png`, N the next free number; returns the JSON's path."""
+    """Writes `TASK-N.json` and `TASK-N.png`, N the next free number, and where there are any
+    `answers/TASK-N.json`; returns the JSON's path.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     number = 1
     while (path := folder / f"{result.task}-{number}.json").exists():
         number += 1
     path.write_text(result.to_json() + "\n")
+    if result.answers:
+        (folder / "answers").mkdir(exist_ok=True)
+        (folder / "answers" / path.name).write_text(json.dumps(result.answers))
     save_bars(result, path.with_suffix(".png"))
     return path
 

@@ -107,13 +107,24 @@ def entailment(on: Evaluation) -> EvalResult:
     return _answered(on, "entailment")
 
 
+def nlvr(on: Evaluation) -> EvalResult:
+    """Whether a sentence holds of two images, as NLVR2 asks."""
+    return _answered(on, "nlvr")
+
+
 def _answered(on: Evaluation, task: str) -> EvalResult:
     config = on.model.config
     chooses = "an answer head" in config.parts
     if not (chooses or config.takes_prompts):
         raise ValueError(
             f"{task} needs a model that writes after a prompt, as 'metalm', or one trained with "
-            f"objectives.qa on data.answers, as 'lxmert'; preset {config.preset!r} is neither"
+            f"objectives.qa on data.answers, as any with fusion; {config.preset!r} is neither"
+        )
+    about, shown = config.answer_images if chooses else 1, 1 + on.index.has_pairs
+    if about != shown:
+        raise ValueError(
+            f"{task}: the model answers questions about {about} of the data's images at once, "
+            f"and they are about {shown}"
         )
     if chooses and len(on.answers) != config.answers:
         raise ValueError(
@@ -204,6 +215,7 @@ TASKS: dict[str, Callable[[Evaluation], EvalResult]] = {
     "caption": caption,
     "vqa": vqa,
     "entailment": entailment,
+    "nlvr": nlvr,
     "box": box,
     "image": image,
     "classify": classify,

@@ -1,20 +1,20 @@
-"""Questions answered, in words or by choice among a run's answers, and whether a sentence holds:
-exact match with the true image, and with another.
+"""Questions answered, in words or by choice among a run's answers, and whether a sentence holds of
+an image or of two: accuracy with the true images, and with others.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from vlpfast.data.answers import accuracies, normalize
 from vlpfast.data.batch import Batch
 from vlpfast.data.index import Index
-from vlpfast.data.prompts import TASKS, examples
-from vlpfast.data.scenes.text import blind_answer_accuracy
+from vlpfast.data.prompts import ANSWER, asked, examples
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.eval.probe import binomial_interval, derange
 from vlpfast.eval.report import EvalResult
@@ -63,22 +63,17 @@ def choices(
     Args:
         model: in eval mode, one with an answer head.
         keys: `VLPModel.image_keys`.
-        kv_index (R,): int64, the image of each question.
+        kv_index (R,): int64, the image of each question; of questions about two images (2R,), the
+            second ones after all first ones.
         question: packed token ids of R questions.
         names: the answers by number.
     """
     words = model.encode_text(question, num_embedded=0).tokens
-    fused = model.fuse_pairs(words, keys, kv_index, images=False)
-    told = model.answer_logits(model.first_tokens(fused)[0]).argmax(1)
+    own = torch.arange(len(question), device=kv_index.device)
+    rows = words.select(own.repeat(len(kv_index) // len(question)))
+    fused = model.fuse_pairs(rows, keys, kv_index, images=False)
+    told = model.answer_logits(*model.first_tokens(fused)).argmax(1)
     return [names[number] for number in told.tolist()]
-
-
-def _chance(task: str, asked: Sequence[dict]) -> float:
-    """Percent that always giving a question type's most frequent answer reaches."""
-    if task == "vqa":
-        return 100 * blind_answer_accuracy(asked)["all"]
-    labels = Counter(example["label"] for example in asked)
-    return 100 * max(labels.values()) / len(asked)
 
 
 def vqa_probe(
@@ -92,19 +87,20 @@ def vqa_probe(
     names: Sequence[str] = (),
     seed: int = 0,
 ) -> EvalResult:
-    """Share of questions answered in the very words of the record, with the true image and with
-    another of the batch: what the latter reaches needs no image.
+    """Accuracy of answers, as VQA counts it (`data.answers.accuracies`; of one answer: whether it
+    is the same), with the true image (or pair) and with another of the batch: what the latter
+    reaches needs no image.
 
-    Chance always gives a question type's most frequent answer.
+    Chance always gives a question type's best answer. Questions without an answer (a test set's)
+    are answered and not counted.
 
     Args:
         model: in eval mode, one that writes text after a prompt, or has an answer head.
         batches: images and sample ids.
-        index: whose records hold the task's field: `questions` (type, question, answer), or
-            `entailment` (sentence, label).
+        index: whose records hold the task's examples (`data.prompts.asked`).
         tokenizer: the model's.
         max_tokens: longer questions lose their tail.
-        task: "vqa" or "entailment", of `data.prompts.TASKS`.
+        task: one of `data.prompts.ANSWER`.
         names: the answers that the model's answer head chooses from, by number; empty: the model
             writes.
         seed: of the choice of the other image.
@@ -112,43 +108,78 @@ def vqa_probe(
     Raises:
         ValueError: no image differs from another, or none of the answers is among `names`.
     """
-    hits, asked, num_samples, known = [0, 0], [], 0, 0
+    hits, truths, types, told, num_samples = [0.0, 0.0], [], [], [], 0
     for batch in batches:
         partner, differs = derange(batch.image_ids, seed=seed)
-        rows, questions = [], []
+        rows, prompts, found = [], [], []
         for row, sample in enumerate(batch.sample_ids.tolist()):
             if differs[row]:
                 record = index.record(sample)
-                questions += examples(record, task)
-                asked += record[TASKS[task][0]]
-                rows += [row] * (len(questions) - len(rows))
+                here = asked(record, task)
+                prompts += [prompt for prompt, _ in examples(record, task)]
+                names_here = (f"{index.name(sample)}:{n}" for n in range(len(here)))
+                found += zip(names_here, here, strict=True)
+                rows += [row] * len(here)
                 num_samples += 1
-        if not questions:
+        if not rows:
             continue
-        prompts, truth = zip(*questions, strict=True)
-        known += sum(answer in names for answer in truth)
-        prompt = Ragged.from_lists(tokenizer.encode(list(prompts), max_tokens), model.device)
+        truth = [accuracies(example.get(ANSWER[task][1])) for _, example in found]
+        truths += truth
+        types += [example.get("type", example.get("question_type", "")) for _, example in found]
+        prompt = Ragged.from_lists(tokenizer.encode(prompts, max_tokens), model.device)
         images = batch.visual(model.config.vision.front).to(model.device)
         keys = model.image_keys(model.encode_image(images).tokens)
         for case, shown in enumerate((torch.tensor(rows), partner[torch.tensor(rows)])):
+            if index.has_pairs:
+                shown = torch.cat([shown, shown + len(batch)])
             shown = shown.to(model.device)
             if names:
                 said = choices(model, keys, shown, prompt, names)
             else:
                 said = answers(model, keys, shown, prompt, tokenizer)
-            hits[case] += sum(a == b for a, b in zip(said, truth, strict=True))
-    if not asked:
+            hits[case] += sum(t.get(normalize(a), 0.0) for a, t in zip(said, truth, strict=True))
+            if case == 0:
+                told += [
+                    {"question_id": example.get("question_id", name), "answer": answer}
+                    for (name, example), answer in zip(found, said, strict=True)
+                ]
+    if not told:
         raise ValueError(f"{task}: no question with two images to compare")
-    if names and not known:
+    return _result(task, hits, truths, types, told, num_samples, names)
+
+
+def _result(
+    task: str,
+    hits: list[float],
+    truths: list[dict[str, float]],
+    types: list[str],
+    told: list[dict],
+    num_samples: int,
+    names: Sequence[str],
+) -> EvalResult:
+    counts = {"num_samples": num_samples, "num_questions": len(told)}
+    num_answered = sum(map(bool, truths))
+    if not num_answered:
+        return EvalResult(task, metrics={}, chance={}, counts=counts, answers=told)
+    if names and not any(name in truth for truth in truths for name in names):
         raise ValueError(
             f"{task}: none of the data's answers is among the {len(names)} that the model tells, "
             f"from {names[0]!r} on: it was trained for another task"
         )
-    true, shuffled = (100 * hit / len(asked) for hit in hits)
+    true, shuffled = (100 * hit / num_answered for hit in hits)
     return EvalResult(
         task,
         metrics={f"{task}_accuracy": true, f"shuffled_{task}_accuracy": shuffled},
-        chance={f"{task}_accuracy": _chance(task, asked)},
-        counts={"num_samples": num_samples, "num_questions": len(asked)},
-        intervals={f"{task}_accuracy": binomial_interval(true, len(asked))},
+        chance={f"{task}_accuracy": 100 * _blind(truths, types) / num_answered},
+        counts=counts,
+        intervals={f"{task}_accuracy": binomial_interval(true, num_answered)},
+        answers=told,
     )
+
+
+def _blind(truths: Sequence[dict[str, float]], types: Sequence[str]) -> float:
+    """Summed accuracies of always giving a question type's best answer."""
+    sums: dict[str, Counter[str]] = defaultdict(Counter)
+    for truth, kind in zip(truths, types, strict=True):
+        sums[kind].update(truth)
+    return sum(max(found.values(), default=0.0) for found in sums.values())

@@ -68,8 +68,8 @@ def check_model(model: ModelConfig) -> None:
         raise ValueError(f"answer_images must be 1 or 2, got {model.answer_images}")
     if model.answers and "a fusion tower" not in model.parts:
         raise ValueError(
-            "answers are told from fused text and image: fusion.depth must be > 0 and fusion.causal "
-            f"False, got {model.fusion.depth} and {model.fusion.causal}"
+            "answers are told from fused text and image: fusion.depth must be > 0 and "
+            f"fusion.causal False, got {model.fusion.depth} and {model.fusion.causal}"
         )
     for name in ("image", "text"):
         dim = (model.vision if name == "image" else model.text).dim

@@ -74,7 +74,7 @@ class AnswerHead(nn.Module):
         self.answers = nn.Linear(2 * dim, num_answers)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(num_images * n, dim), all questions with their first images first, -> (n, num_answers)."""
+        """(num_images * n, dim), all questions' first images first, -> (n, num_answers)."""
         pooled = pooled.unflatten(0, (self.num_images, -1)).transpose(0, 1).flatten(1)
         return self.answers(self.norm(F.gelu(self.dense(pooled)))[0])
 

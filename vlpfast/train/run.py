@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from vlpfast.config import to_dict
-from vlpfast.data.answers import open_answers
+from vlpfast.data.answers import config_answers
 from vlpfast.data.batch import Batch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
@@ -155,7 +155,7 @@ def run_of(
         text = json.dumps(run_config(Path(config.objectives.guide)), indent=2) + "\n"
         files["guide.json"] = lambda path: path.write_text(text)
     if config.model.answers and config.data.answers:
-        answers = open_answers(index, config.data.tasks, config.data.answers)
+        answers = config_answers(index, config.data)
         files["answers.json"] = lambda path: path.write_text(json.dumps(list(answers)) + "\n")
     return Run(
         name=config.name,
@@ -181,23 +181,28 @@ def open_tokenizer(config: RunConfig, index: Index, resume: str | None) -> Token
 
 
 def fit_answers(config: RunConfig, index: Index) -> RunConfig:
-    """The config with the model's answers set to the data's, where it learns to tell them."""
+    """The config with the model's answers set to the data's, where it learns to tell them, and how
+    many images they are about.
+    """
     data = config.data
     if not (config.objectives.qa and data.answers):
         return config
-    found = len(open_answers(index, data.tasks, data.answers))
-    return replace(config, model=replace(config.model, answers=found))
+    found, images = len(config_answers(index, data)), 1 + index.has_pairs
+    return replace(config, model=replace(config.model, answers=found, answer_images=images))
 
 
 def fresh_parts(config: RunConfig, index: Index) -> tuple[str, ...]:
     """The parts of the model that do not start from the run `train.init`: what tells answers, where
-    that run's are others, or in another order.
+    that run's are others, or in another order; its whole head, where they are about more images.
     """
     if not (config.model.answers and config.data.answers):
         return ()
     kept = Path(config.train.init) / "answers.json"
     before = json.loads(kept.read_text()) if kept.is_file() else []
-    same = before == list(open_answers(index, config.data.tasks, config.data.answers))
+    images = run_config(kept.parent)["model"].get("answer_images", 1) if before else 0
+    if before and images != config.model.answer_images:
+        return ("answer_head.",)
+    same = before == list(config_answers(index, config.data))
     return () if same else ("answer_head.answers.",)
 
 
