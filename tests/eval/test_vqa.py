@@ -1,18 +1,22 @@
 """Answers word by word, and their share by hand."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from tests._images import encode, picture, write_jsonl
 from tests.models.test_prefix import prefix_model
+from vlpfast.data.answers import accuracies
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, make_tokenizer
 from vlpfast.data.prompts import examples, iter_texts
 from vlpfast.data.scenes import blind_answer_accuracy, write_shards
 from vlpfast.eval import evaluate_model, vqa
+from vlpfast.eval.run import save
 from vlpfast.models import create_model
 from vlpfast.ragged import Ragged
 
@@ -207,3 +211,98 @@ def test_a_run_without_names_of_its_answers_says_so(scenes):
     tokenizer, _ = batches(scenes)
     with pytest.raises(ValueError, match=r"tells 5 answers by number, and names of 0 are known"):
         evaluate_model(model, scenes, tokenizer, ("entailment",), data=CONFIG)
+
+
+def told_by(index: Index, task: str, names: list[str], images: int = 1, told: int = 0):
+    """What a head that always tells `names[told]` reaches on `index`."""
+    config = DataConfig(path="", tasks=(task,), workers=1, vocab_size=300, max_tokens=32)
+    tokenizer = make_tokenizer(config, index)
+    model = create_model(
+        "albef",
+        "tiny",
+        vocab_size=tokenizer.vocab_size,
+        image_size=32,
+        answers=len(names),
+        answer_images=images,
+    )
+    nn.init.zeros_(model.answer_head.answers.weight)
+    with torch.no_grad():
+        model.answer_head.answers.bias[told] = 1.0
+    return evaluate_model(model, index, tokenizer, (task,), data=config, answers=tuple(names))[task]
+
+
+def write_pictures(folder, count: int) -> None:
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(encode(picture(i), "PNG"))
+
+
+def test_what_ten_people_said_counts_in_part(tmp_path):
+    """As VQA counts it, and the answers are written for a server; also where none are known."""
+    write_pictures(tmp_path, 2)
+    said = [["red"] * 2 + ["blue"] * 8, ["red"] * 9 + ["a dog"]]
+    rows = [
+        {"image": f"{i}.png", "question": "what?", "answer": answer, "question_id": 50 + i}
+        for i, answer in enumerate(said)
+    ]
+    index = Index.open(write_jsonl(tmp_path / "q.jsonl", rows), require_captions=False)
+    result = told_by(index, "vqa", ["red", "blue"])
+    shares = [accuracies(answer)["red"] for answer in said]
+    assert shares == pytest.approx([0.6, 1.0])
+    assert result.metrics["vqa_accuracy"] == pytest.approx(80)
+    # Always red, or always blue: 1.6 and 1.0 of two.
+    assert result.chance["vqa_accuracy"] == pytest.approx(80)
+    told = [{"question_id": 50, "answer": "red"}, {"question_id": 51, "answer": "red"}]
+    path = save(result, tmp_path / "eval")
+    assert json.loads((tmp_path / "eval" / "answers" / path.name).read_text()) == told
+    assert "answers" not in json.loads(path.read_text())
+    for row in rows:
+        del row["answer"]
+    index = Index.open(write_jsonl(tmp_path / "test.jsonl", rows), require_captions=False)
+    result = told_by(index, "vqa", ["red", "blue"], told=1)
+    assert (result.metrics, result.chance) == ({}, {})
+    assert [row["answer"] for row in result.answers] == ["blue", "blue"]
+    assert "2 questions" in result.table()
+    save(result, tmp_path / "eval")
+
+
+def test_statements_about_two_images(tmp_path):
+    write_pictures(tmp_path, 3)
+    rows = [
+        {"images": [f"{i}.png", f"{2 - i}.png"], "sentence": "both", "label": label}
+        for i, label in enumerate((True, False, True))
+    ]
+    index = Index.open(write_jsonl(tmp_path / "n.jsonl", rows), require_captions=False)
+    result = told_by(index, "nlvr", ["false", "true"], images=2, told=1)
+    assert result.metrics["nlvr_accuracy"] == pytest.approx(200 / 3)
+    assert result.metrics["shuffled_nlvr_accuracy"] == pytest.approx(200 / 3)
+    assert result.chance["nlvr_accuracy"] == pytest.approx(200 / 3)
+    with pytest.raises(ValueError, match=r"nlvr: the model .* 1 of the data's .* are about 2"):
+        told_by(index, "nlvr", ["false", "true"])
+
+
+@torch.no_grad()
+def test_choices_about_two_images_are_those_of_each_question_alone():
+    torch.manual_seed(0)
+    options = {"vocab_size": 20, "image_size": 16, "answers": 5, "answer_images": 2}
+    model = create_model("vilt", "tiny", **options).eval()
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    nn.init.normal_(model.answer_head.answers.weight)
+    nn.init.normal_(model.text.embedding.token)
+    images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
+    keys = model.image_keys(model.encode_image(images).tokens)
+    question = Ragged.from_lists([[1, 5, 6, 2], [1, 7, 2], [1, 9, 2]])
+    shown = torch.tensor([[1, 0, 2], [0, 2, 1]])
+    said = vqa.choices(model, keys, shown.flatten(), question, "abcde")
+    for row in range(3):
+        one = question.select(torch.tensor([row]))
+        assert vqa.choices(model, keys, shown[:, row], one, "abcde") == said[row : row + 1]
+        head = model.answer_head
+        pooled = []
+        for image in shown[:, row].tolist():
+            tokens = model.encode_text(one, num_embedded=0).tokens
+            fused = model.fuse_pairs(tokens, keys, torch.tensor([image]))
+            pooled.append(model.pool(*model.first_tokens(fused)))
+        logits = head.answers(head.norm(nn.functional.gelu(head.dense(torch.cat(pooled, 1))))[0])
+        assert "abcde"[int(logits.argmax())] == said[row]
+    assert len(set(said)) > 1

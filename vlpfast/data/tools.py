@@ -91,6 +91,8 @@ def pack(
         verify=verify,
         require_captions=require_captions,
     )
+    if index.has_pairs:
+        raise ValueError(f"{source}: texts about two images each cannot be packed into shards")
     out.mkdir(parents=True, exist_ok=True)
     if any(out.glob("*.tar")):
         raise ValueError(f"{out}: already holds shards; expected a new or empty folder")

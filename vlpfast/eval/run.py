@@ -128,7 +128,8 @@ def save(result: EvalResult, folder: Path) -> Path:
     if result.answers:
         (folder / "answers").mkdir(exist_ok=True)
         (folder / "answers" / path.name).write_text(json.dumps(result.answers))
-    save_bars(result, path.with_suffix(".png"))
+    if result.metrics:
+        save_bars(result, path.with_suffix(".png"))
     return path
 
 

@@ -137,7 +137,9 @@ def vqa_probe(
                 said = choices(model, keys, shown, prompt, names)
             else:
                 said = answers(model, keys, shown, prompt, tokenizer)
-            hits[case] += sum(t.get(normalize(a), 0.0) for a, t in zip(said, truth, strict=True))
+            # Those of a head are normalised already; twice is not once: dont, don't, don t.
+            compared = said if names else map(normalize, said)
+            hits[case] += sum(t.get(a, 0.0) for a, t in zip(compared, truth, strict=True))
             if case == 0:
                 told += [
                     {"question_id": example.get("question_id", name), "answer": answer}

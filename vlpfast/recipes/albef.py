@@ -8,7 +8,7 @@ from functools import partial
 from vlpfast.data.config import DataConfig
 from vlpfast.models.presets import preset_config
 from vlpfast.objectives.config import ObjectivesConfig
-from vlpfast.recipes import clip
+from vlpfast.recipes import clip, downstream
 from vlpfast.train.config import OptimConfig, RunConfig, TrainConfig
 
 
@@ -143,6 +143,13 @@ def base() -> RunConfig:
     )
 
 
+def scenes_task(task: downstream.Task, *, steps: int) -> RunConfig:
+    """Fine-tuning of `scenes` for the questions of the embedded data: minutes on one core."""
+    config = downstream.finetune(scenes(), task, steps=steps, lr=5e-4, head=10.0)
+    train = replace(config.train, precision="amp_bf16", threads=1)
+    return replace(config, train=train)
+
+
 RECIPES = {
     "tiny": partial(compact, "tiny"),
     "small": partial(compact, "small"),
@@ -150,6 +157,9 @@ RECIPES = {
     "emoji": emoji,
     "scenes": scenes,
     "scenes_swaps": swaps,
+    "scenes_vqa": partial(scenes_task, "vqa", steps=1000),
+    "scenes_ve": partial(scenes_task, "entailment", steps=1000),
+    "scenes_nlvr": partial(scenes_task, "nlvr", steps=1000),
     "scenes_long": partial(
         scenes, steps=3000, lr=1e-3, alpha_ramp_steps=4000, name="albef_scenes_long"
     ),
