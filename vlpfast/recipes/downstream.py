@@ -18,11 +18,14 @@ _ANSWERS = {"vqa": 3129, "entailment": 3, "nlvr": 2}
 _LEAST = {"vqa": 9, "entailment": 1, "nlvr": 1}
 
 
-def finetune(config: RunConfig, task: Task, *, steps: int, lr: float, head: float) -> RunConfig:
+def finetune(
+    config: RunConfig, task: Task, *, lr: float, head: float, warmup: int, **train: float
+) -> RunConfig:
     """The pre-training run `config` made a fine-tuning run for `task`: without the heads of
     pre-training, on the answers alone, the answer head at `head` times the rate `lr`.
 
-    VQA learns the scores of all that people said, the others one answer.
+    VQA learns the scores of all that people said, the others one answer. `train` are fields of
+    `TrainConfig`, among them how long.
     """
     targets = "scores" if task == "vqa" else "one"
     return replace(
@@ -37,8 +40,6 @@ def finetune(config: RunConfig, task: Task, *, steps: int, lr: float, head: floa
             answers_at_least=_LEAST[task],
             captions=(),
         ),
-        optim=replace(
-            config.optim, lr=lr, warmup=steps // 10, lr_multipliers=(("answer_head", head),)
-        ),
-        train=replace(config.train, steps=steps, epochs=0),
+        optim=replace(config.optim, lr=lr, warmup=warmup, lr_multipliers=(("answer_head", head),)),
+        train=replace(config.train, **({"steps": 0, "epochs": 0} | train)),
     )
