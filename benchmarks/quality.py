@@ -2,7 +2,7 @@
 
 Appends rows:    python -m benchmarks.quality RUN [RUN ...] [--machine NAME]
 Makes tables:    python -m benchmarks.quality --readme README.md --others docs/runs.md \
-                     --presets docs/presets.md
+                     --presets docs/presets.md --downstream docs/downstream.md
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ _WORKS = {
     "mim": ("mim_accuracy", "shuffled_mim_accuracy"),
     "linear": ("linear_auc", "random_linear_auc"),
 }
+# What runs are fine-tuned for: docs/downstream.md has a line for each of these, of all systems.
+_DOWNSTREAM = ("vqa", "entailment", "nlvr")
 # Tables with a line for each evaluation: README.md has these runs, docs/runs.md all others of these
 # systems; docs/presets.md has a line for each task of the other systems.
 _MAIN = ("albef_scenes", "albef_scenes_long", "albef_scenes_swaps", "clip_emoji")
@@ -244,6 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--others", type=Path, metavar="FILE", help=f"rewrite other runs of {', '.join(_SYSTEMS)}"
     )
     parser.add_argument("--presets", type=Path, metavar="FILE", help="rewrite the other systems")
+    parser.add_argument(
+        "--downstream", type=Path, metavar="FILE", help=f"rewrite {', '.join(_DOWNSTREAM)}"
+    )
     options = parser.parse_args(arguments)
     for run in options.runs:
         rows = rows_of(run, options.machine)
@@ -257,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.readme: tables(row for row in listed if row.run in _MAIN),
         options.others: tables(row for row in listed if row.run not in _MAIN),
         options.presets: works(row for row in every if not _is_listed(row)),
+        options.downstream: works(row for row in every if row.task in _DOWNSTREAM),
     }
     for file, text in shown.items():
         if file is not None:

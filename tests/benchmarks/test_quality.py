@@ -103,6 +103,13 @@ def test_margin_is_over_the_greater_of_control_and_chance(run, tmp_path):
         path.write_text(json.dumps(result))
     (row,) = works(rows_of(run, "box")).splitlines()[2:]
     assert row.endswith("| vqa: vqa_accuracy | 38.0 | 31.0 | 34.0 | +4.0 |")
+    files = {name: tmp_path / name for name in ("downstream.md", "others.md")}
+    for file in files.values():
+        file.write_text(f"{BEGIN}\n{END}\n")
+    places = ["--downstream", str(files["downstream.md"]), "--others", str(files["others.md"])]
+    main([str(run), "--machine", "box", "--results", str(tmp_path / "results"), *places])
+    assert row in files["downstream.md"].read_text()
+    assert "vqa" not in files["others.md"].read_text()
 
 
 def test_other_systems_stand_elsewhere(run, tmp_path):

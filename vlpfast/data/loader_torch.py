@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from vlpfast.data import augment
-from vlpfast.data.answers import config_answers, question
 from vlpfast.data.batch import Batch
 from vlpfast.data.classes import open_classes
 from vlpfast.data.config import DataConfig
 from vlpfast.data.decode import crop_resize, decode_rgb
 from vlpfast.data.index import Index
-from vlpfast.data.locations import Box
 from vlpfast.data.plan import StreamPlan, share
-from vlpfast.data.prompts import choose, needs_captions
 from vlpfast.data.regions import open_regions
+from vlpfast.data.texts import Texts
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
@@ -58,18 +55,6 @@ class Draws:
         """The draws of `rows` only."""
         columns = (getattr(self, f.name) for f in fields(self))
         return Draws(*(None if a is None else a[rows] for a in columns))
-
-
-class Asked(NamedTuple):
-    """What one sample is asked: example `number`, counted around, of `task` in its record, of the
-    part `crop` of its image.
-    """
-
-    record: dict
-    caption: str
-    task: str
-    number: int
-    crop: Box
 
 
 class TorchLoader:
@@ -106,24 +91,21 @@ class TorchLoader:
                 "texts about two images are read with squares of pixels: data.regions must be '' "
                 f"and data.max_aspect 1, got {config.regions!r} and {config.max_aspect}"
             )
-        if "image" in config.tasks and not num_codes:
-            raise ValueError("data.tasks 'image' needs the number of an image's codes: num_codes")
         self.index, self.config, self.tokenizer = index, config, tokenizer
         self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
-        self.train, self.start_step, self.num_codes = train, start_step, num_codes
+        self.train, self.start_step = train, start_step
         self.corrupt: dict[str, str] = {}
         self.plan = StreamPlan(index.num_samples, batch_size, seed, rank, world, config.window)
         self._share = None if train else share(index.num_samples, rank, world)
         self._regions = open_regions(index, config.regions)
         self._classes = open_classes(index, config.classes)
-        self._answers = config_answers(index, config)
         self._second = index.second if index.has_pairs else None
         self._class_names = (
             Ragged.from_lists(tokenizer.encode(self._classes.names, config.max_tokens))
             if self._classes
             else None
         )
-        self._tokens = index.tokens(tokenizer, config.max_tokens)
+        self._texts = Texts(index, config, tokenizer, train=train, seed=seed, num_codes=num_codes)
         self.num_workers = config.workers or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
         self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="vlpfast-data")
         self._pin = torch.cuda.is_available()
@@ -170,7 +152,7 @@ class TorchLoader:
             # The changes of a pair are the same: left and right are told of both.
             images, keys = images.transpose(0, 1).flatten(0, 1), positions.repeat(2)
         images = self._augment(images, keys.to(images.device))
-        text, more = self._texts(draws)
+        text, more = self._texts.of(draws)
         return Batch(
             images=images.pin_memory() if self._pin and not images.is_cuda else images,
             sizes=torch.from_numpy(self._sizes(draws.boxes)) if self._unlike else None,
@@ -233,70 +215,6 @@ class TorchLoader:
         if not len(places):
             return place
         return torch.where(fitting > 0, places[place.clamp(max=len(places) - 1)], place)
-
-    def _texts(self, draws: Draws) -> tuple[Ragged, dict[str, Ragged | Tensor | None]]:
-        """Packed tokens of the texts, and what belongs to them in a batch: prompts, or answers."""
-        if not needs_captions(self.config.tasks):
-            asked = self._asked(draws)
-            return self._questions(asked) if self.config.answers else self._answered(asked)
-        if (draws.captions < 0).any():
-            name = self.index.name(int(draws.samples[draws.captions < 0][0]))
-            raise ValueError(f"{name} has no caption: it cannot be loaded as an image-text pair")
-        if not self.config.tasks:
-            return self._tokens.ragged(draws.captions), {}
-        asked = self._asked(draws)
-        return self._questions(asked) if self.config.answers else self._answered(asked)
-
-    def _questions(self, asked: list[Asked]) -> tuple[Ragged, dict[str, Ragged | Tensor]]:
-        """What is asked, as texts, captions as they are; and the answers' numbers and scores."""
-        pairs = [question(a.record, a.caption, a.task, a.number) for a in asked]
-        texts, said = zip(*pairs, strict=True) if pairs else ((), ())
-        # The first is the most frequent.
-        labels = [self._answers.get(next(iter(found), None), -100) for found in said]
-        known = [{a: s for a, s in found.items() if a in self._answers} for found in said]
-        encoded = Ragged.from_lists(self.tokenizer.encode(list(texts), self.config.max_tokens))
-        return encoded, {
-            "answer_ids": torch.tensor(labels, dtype=torch.int64),
-            "answer_sets": Ragged.from_lists([[self._answers[a] for a in f] for f in known]),
-            "answer_scores": torch.tensor([s for f in known for s in f.values()]),
-        }
-
-    def _answered(self, asked: list[Asked]) -> tuple[Ragged, dict[str, Ragged | Tensor | None]]:
-        """Texts that answer, those that are to become codes of padding; and prompts."""
-        num_bins = len(self.tokenizer.locations)
-        pairs = [
-            choose(a.record, a.caption, a.task, a.number, num_bins=num_bins, crop=a.crop)
-            for a in asked
-        ]
-        tasks = [a.task for a in asked]
-        encoded = self.tokenizer.encode(
-            [part for pair in pairs for part in pair], self.config.max_tokens
-        )
-        prompts, texts = encoded[::2], encoded[1::2]
-        drawn = [row for row, task in enumerate(tasks) if task == "image"]
-        for row in drawn:
-            codes = [self.tokenizer.pad_id] * self.num_codes
-            texts[row] = [self.tokenizer.start_id, *codes, self.tokenizer.end_id]
-        rows = torch.tensor(drawn, dtype=torch.int64) if "image" in self.config.tasks else None
-        return Ragged.from_lists(texts), {"prompt": Ragged.from_lists(prompts), "drawn": rows}
-
-    def _asked(self, draws: Draws) -> list[Asked]:
-        """What each sample is asked; in evaluation the first example of the first task."""
-        tasks, positions = self.config.tasks, torch.from_numpy(draws.positions)
-        chosen = number = torch.zeros_like(positions)
-        if self.train:
-            chosen = augment.integers(self.seed, positions, augment.TASK, len(tasks))
-            number = augment.integers(self.seed, positions, augment.TASK + 1, 1 << 16)
-        captions = self.index.strings["captions"]
-        sides = [self.index.at(name, draws.samples) for name in ("width", "height")]
-        crops = augment.shown_parts(draws.boxes, *sides)
-        names = [tasks[t] for t in chosen.tolist()]
-        columns = (draws.samples, draws.captions, number, crops)
-        rows = zip(names, *(column.tolist() for column in columns), strict=True)
-        return [
-            Asked(self.index.record(i), captions[c].decode() if c >= 0 else "", name, n, box)
-            for name, i, c, n, box in rows
-        ]
 
     def _images(self, draws: Draws) -> tuple[Tensor, Draws]:
         """uint8 crops (B, S, S, 3), and the draws with corrupt samples replaced or left out."""

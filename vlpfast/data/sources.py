@@ -148,7 +148,8 @@ def _table_row(
 def _members(source: Path) -> dict[str, SourceRow]:
     """The images in the shards of `source`, by their names without extension."""
     rows = (row for n, shard in enumerate(shards(source)) for row in _iter_shard(shard, n, False))
-    return {row.name.partition(".")[0]: row for row in rows}
+    # Without their captions and records, which would be most of the memory.
+    return {row.name.partition(".")[0]: replace(row, captions=[], record={}) for row in rows}
 
 
 def _scene_pair(fields: dict, members: dict[str, SourceRow]) -> SourceRow:
