@@ -213,8 +213,17 @@ def test_a_run_without_names_of_its_answers_says_so(scenes):
         evaluate_model(model, scenes, tokenizer, ("entailment",), data=CONFIG)
 
 
-def told_by(index: Index, task: str, names: list[str], images: int = 1, told: int = 0):
-    """What a head that always tells `names[told]` reaches on `index`."""
+def told_by(
+    index: Index,
+    task: str,
+    names: list[str],
+    images: int = 1,
+    told: int = 0,
+    encoded: list[int] | None = None,
+):
+    """What a head that always tells `names[told]` reaches on `index`; `encoded` gets how many
+    images each call of the tower has.
+    """
     config = DataConfig(path="", tasks=(task,), workers=1, vocab_size=300, max_tokens=32)
     tokenizer = make_tokenizer(config, index)
     model = create_model(
@@ -225,6 +234,8 @@ def told_by(index: Index, task: str, names: list[str], images: int = 1, told: in
         answers=len(names),
         answer_images=images,
     )
+    if encoded is not None:
+        model.vision.register_forward_hook(lambda _m, args, _o: encoded.append(len(args[0])))
     nn.init.zeros_(model.answer_head.answers.weight)
     with torch.no_grad():
         model.answer_head.answers.bias[told] = 1.0
@@ -263,6 +274,22 @@ def test_what_ten_people_said_counts_in_part(tmp_path):
     assert [row["answer"] for row in result.answers] == ["blue", "blue"]
     assert "2 questions" in result.table()
     save(result, tmp_path / "eval")
+
+
+def test_an_image_is_encoded_once_and_every_question_answered(tmp_path):
+    """Also those that have no other image to compare: a server wants them all."""
+    write_pictures(tmp_path, 2)
+    rows = [
+        {"image": f"{int(i > 2)}.png", "question": f"{i}?", "answer": "red", "question_id": i}
+        for i in range(5)
+    ]
+    index = Index.open(write_jsonl(tmp_path / "q.jsonl", rows), require_captions=False)
+    result = told_by(index, "vqa", ["red"], encoded=(encoded := []))
+    assert encoded == [2]
+    assert [row["question_id"] for row in result.answers] == [0, 1, 2, 3, 4]
+    # Of three and two rows about the same image, one has no partner that shows another.
+    assert result.counts == {"num_samples": 4, "num_questions": 4}
+    assert result.metrics["vqa_accuracy"] == 100
 
 
 def test_statements_about_two_images(tmp_path):

@@ -5,8 +5,9 @@ an image or of two: accuracy with the true images, and with others.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ def vqa_probe(
     reaches needs no image.
 
     Chance always gives a question type's best answer. Questions without an answer (a test set's)
-    are answered and not counted.
+    are answered and not counted; nor are those whose batch holds no other image.
 
     Args:
         model: in eval mode, one that writes text after a prompt, or has an answer head.
@@ -110,44 +111,75 @@ def vqa_probe(
     """
     hits, truths, types, told, num_samples = [0.0, 0.0], [], [], [], 0
     for batch in batches:
-        partner, differs = derange(batch.image_ids, seed=seed)
-        rows, prompts, found = [], [], []
-        for row, sample in enumerate(batch.sample_ids.tolist()):
-            if differs[row]:
-                record = index.record(sample)
-                here = asked(record, task)
-                prompts += [prompt for prompt, _ in examples(record, task)]
-                names_here = (f"{index.name(sample)}:{n}" for n in range(len(here)))
-                found += zip(names_here, here, strict=True)
-                rows += [row] * len(here)
-                num_samples += 1
-        if not rows:
+        questions = [q for row in range(len(batch)) for q in _questions(batch, row, index, task)]
+        if not questions:
             continue
-        truth = [accuracies(example.get(ANSWER[task][1])) for _, example in found]
-        truths += truth
-        types += [example.get("type", example.get("question_type", "")) for _, example in found]
-        prompt = Ragged.from_lists(tokenizer.encode(prompts, max_tokens), model.device)
-        images = batch.visual(model.config.vision.front).to(model.device)
-        keys = model.image_keys(model.encode_image(images).tokens)
-        for case, shown in enumerate((torch.tensor(rows), partner[torch.tensor(rows)])):
-            if index.has_pairs:
-                shown = torch.cat([shown, shown + len(batch)])
-            shown = shown.to(model.device)
+        keys, numbers = _encode_once(model, batch, index)
+        rows = torch.tensor([q.row for q in questions])
+        prompt = tokenizer.encode([q.prompt for q in questions], max_tokens)
+        prompt = Ragged.from_lists(prompt, model.device)
+
+        def say(images: Tensor, prompt: Ragged, keys=keys, numbers=numbers) -> list[str]:
+            """About the images of these rows."""
+            shown = numbers[:, images].flatten().to(model.device)
             if names:
-                said = choices(model, keys, shown, prompt, names)
-            else:
-                said = answers(model, keys, shown, prompt, tokenizer)
+                return choices(model, keys, shown, prompt, names)
+            return answers(model, keys, shown, prompt, tokenizer)
+
+        partner, differs = derange(batch.image_ids, seed=seed)
+        said = say(rows, prompt)
+        told += [{"question_id": q.name, "answer": a} for q, a in zip(questions, said, strict=True)]
+        counted = differs[rows].nonzero()[:, 0]
+        if not len(counted):
+            continue
+        num_samples += int(differs.sum())
+        other = say(partner[rows[counted]], prompt.select(counted.to(model.device)))
+        own, questions = ([one[i] for i in counted.tolist()] for one in (said, questions))
+        truths += (truth := [q.truth for q in questions])
+        types += [q.kind for q in questions]
+        for case, found in enumerate((own, other)):
             # Those of a head are normalised already; twice is not once: dont, don't, don t.
-            compared = said if names else map(normalize, said)
+            compared = found if names else map(normalize, found)
             hits[case] += sum(t.get(a, 0.0) for a, t in zip(compared, truth, strict=True))
-            if case == 0:
-                told += [
-                    {"question_id": example.get("question_id", name), "answer": answer}
-                    for (name, example), answer in zip(found, said, strict=True)
-                ]
-    if not told:
+    if not truths:
         raise ValueError(f"{task}: no question with two images to compare")
     return _result(task, hits, truths, types, told, num_samples, names)
+
+
+class _Question(NamedTuple):
+    """One of a batch's: its row, what a server knows it by, its text, the accuracies of its
+    answers, and its type.
+    """
+
+    row: int
+    name: str | int
+    prompt: str
+    truth: dict[str, float]
+    kind: str
+
+
+def _questions(batch: Batch, row: int, index: Index, task: str) -> Iterator[_Question]:
+    sample = int(batch.sample_ids[row])
+    record, key = index.record(sample), ANSWER[task][1]
+    pairs = zip(asked(record, task), examples(record, task), strict=True)
+    for number, (example, (prompt, _)) in enumerate(pairs):
+        name = example.get("question_id", f"{index.name(sample)}:{number}")
+        kind = example.get("type", example.get("question_type", ""))
+        yield _Question(row, name, prompt, accuracies(example.get(key)), kind)
+
+
+def _encode_once(model: VLPModel, batch: Batch, index: Index) -> tuple[object, Tensor]:
+    """Keys of the batch's images, each file once however many rows are about it, and the number of
+    each row's images in them: (1, B), or (2, B) of pairs.
+    """
+    sources = [index, index.second] if index.has_pairs else [index]
+    files = [source.name(i) for source in sources for i in batch.sample_ids.tolist()]
+    known: dict[str, int] = {}
+    numbers = [known.setdefault(file, len(known)) for file in files]
+    first = torch.tensor([files.index(file) for file in known])
+    images = batch.visual(model.config.vision.front)[first].to(model.device)
+    keys = model.image_keys(model.encode_image(images).tokens)
+    return keys, torch.tensor(numbers).unflatten(0, (len(sources), -1))
 
 
 def _result(
@@ -159,7 +191,7 @@ def _result(
     num_samples: int,
     names: Sequence[str],
 ) -> EvalResult:
-    counts = {"num_samples": num_samples, "num_questions": len(told)}
+    counts = {"num_samples": num_samples, "num_questions": len(truths)}
     num_answered = sum(map(bool, truths))
     if not num_answered:
         return EvalResult(task, metrics={}, chance={}, counts=counts, answers=told)
