@@ -218,6 +218,32 @@ def test_shards_need_no_captions_either(tmp_path):
         open_index(replace(config, tasks=("caption", "vqa")))
 
 
+def test_an_image_is_asked_several_of_its_questions(scenes):
+    config = DataConfig(
+        path=str(scenes), tasks=("vqa",), answers=50, questions=3, workers=1, max_tokens=40
+    )
+    index, tokenizer, found = load(config, steps=2)
+    numbers = open_answers(index, ("vqa",), 50)
+    for batch in found:
+        assert batch.images.shape[0] == 4
+        assert len(batch) == len(batch.text) == len(batch.positions) == 12
+        assert batch.shown.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]]
+        assert batch.image_positions.tolist() == batch.positions[::3].tolist()
+        asked_of = {}
+        for row, sample in enumerate(batch.sample_ids.tolist()):
+            text = tokenizer.decode(batch.text.select(torch.tensor([row])).values.tolist())
+            answers = dict(examples(index.record(sample), "vqa"))
+            assert int(batch.answer_ids[row]) == numbers[answers[text]]
+            asked_of.setdefault(sample, set()).add(text)
+        assert [len(texts) for texts in asked_of.values()] == [3] * 4
+    (batch,) = load(config, train=False)[2]
+    assert len(batch) == 4
+    assert batch.shown is None
+    for change in ({"answers": 0}, {"tasks": ("vqa", "caption")}):
+        with pytest.raises(ValueError, match=r"questions 3 an image need answers > 0 and tasks"):
+            replace(config, **change)
+
+
 def test_an_index_without_need_of_captions_serves_both(scenes):
     """It is built once where every sample has one."""
     config = DataConfig(path=str(scenes))
@@ -270,6 +296,7 @@ def test_pairs_are_loaded_side_by_side(tmp_path):
     assert index.second.image_bytes(5) == index.image_bytes(0)
     assert len(batch) == 6
     assert batch.images.shape == (12, 16, 16, 3)
+    assert batch.shown.tolist() == [list(range(6)), list(range(6, 12))]
     first, second = batch.images.chunk(2)
     assert torch.equal(second, first.roll(-1, 0))
     assert open_answers(index, ("nlvr",), 2) == {"false": 0, "true": 1}

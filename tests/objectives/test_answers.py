@@ -38,6 +38,7 @@ def asked(step: PretrainStep, images: int = 1, size: int = 5) -> Batch:
         more["regions"] = make_regions(size, dim=vision.region_dim, classes=vision.region_classes)
     if images == 2:
         more["images"] = torch.cat([batch.images, 255 - batch.images.flip(0)])
+        more["shown"] = torch.arange(2 * size).unflatten(0, (2, size))
     return replace(
         batch,
         answer_ids=torch.tensor([2, -100, 0, 3, 1]),
@@ -47,14 +48,15 @@ def asked(step: PretrainStep, images: int = 1, size: int = 5) -> Batch:
     )
 
 
-def logits_alone(step: PretrainStep, batch: Batch, images: int = 1) -> torch.Tensor:
+def logits_alone(step: PretrainStep, batch: Batch) -> torch.Tensor:
     """(B, A): each question with each of its images by itself, what is pooled side by side."""
     model, rows, size = step.model, [], len(batch)
+    shown = torch.arange(size)[None] if batch.shown is None else batch.shown
     visual = batch.visual(model.config.vision.front)
     for row in range(size):
         text = model.encode_text(batch.text.select(torch.tensor([row])), num_embedded=0).tokens
         pooled = []
-        for image in range(row, images * size, size):
+        for image in shown[:, row].tolist():
             tokens = model.encode_image(visual[torch.tensor([image])], num_embedded=0).tokens
             fused = model.fuse_pairs(text, model.image_keys(tokens), torch.tensor([0]))
             pooled.append(model.pool(*model.first_tokens(fused)))
@@ -83,7 +85,7 @@ def test_one_answer_by_rows_alone(preset):
 def test_scores_by_a_dense_target(preset, images):
     step = qa_step(preset, replace(QA, qa_targets="scores"), answer_images=images)
     batch = asked(step, images)
-    out, logits = step(batch, seed=0, step=0), logits_alone(step, batch, images)
+    out, logits = step(batch, seed=0, step=0), logits_alone(step, batch)
     target = torch.zeros(5, ANSWERS)
     target[batch.answer_sets.row_ids(), batch.answer_sets.values] = batch.answer_scores
     counted = torch.tensor([0, 2, 3, 4])
@@ -104,7 +106,7 @@ def test_two_images_in_one_call_of_each_tower():
     batch = asked(step, 2)
     loss = step(batch, seed=0, step=0).losses["qa"][0]
     assert len(calls) == 3
-    expected = F.cross_entropy(logits_alone(step, batch, 2), batch.answer_ids, reduction="sum")
+    expected = F.cross_entropy(logits_alone(step, batch), batch.answer_ids, reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     first, second = batch.images.chunk(2)
     other = replace(batch, images=torch.cat([second, first]))
@@ -118,6 +120,33 @@ def test_second_images_have_patches_of_their_own():
     assert len(places) == 10
     assert len(places.unique()) == 10
     assert torch.equal(asked(step).image_positions, batch.positions)
+
+
+@pytest.mark.parametrize(
+    ("preset", "masking"), [("albef", "apart"), ("uniter", "together"), ("vilt", "apart")]
+)
+@torch.no_grad()
+def test_several_questions_read_an_image_that_is_encoded_once(preset, masking):
+    step, encoded = qa_step(preset, replace(QA, masking=masking)), []
+    batch = asked(step)
+    chosen = torch.tensor([2, 0, 2, 2, 0])
+    images = torch.tensor([1, 3, 4])
+    few = {"images": batch.images[images], "shown": chosen[None]}
+    few |= {"regions": batch.regions[images]} if batch.regions is not None else {}
+    few = replace(batch, **few)
+    step.model.vision.register_forward_hook(lambda _m, args, _o: encoded.append(len(args[0])))
+    loss = step(few, seed=0, step=0).losses["qa"][0]
+    assert encoded == [3]
+    whole = {"images": batch.images[images[chosen]]}
+    whole |= {"regions": batch.regions[images[chosen]]} if batch.regions is not None else {}
+    expected = step(replace(batch, **whole), seed=0, step=0).losses["qa"][0]
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    positions = replace(few, positions=10 + chosen).image_positions
+    # None is about the second.
+    assert positions[[0, 2]].tolist() == [10, 12]
+    both = PretrainStep(step.model, replace(step.config, itm=1.0, itm_negatives="random"))
+    with pytest.raises(ValueError, match=r"several texts about one image .* alone, got \['itm', "):
+        both(few, seed=0, step=0)
 
 
 def test_beside_matching_the_matched_rows_serve_both():

@@ -20,8 +20,8 @@ class Batch:
     """B image-text pairs.
 
     Attributes:
-        images (B, H, W, 3): uint8, NHWC; normalising is `ops.patch_embed`'s work. Of texts about
-            two images each (2B, H, W, 3), all first ones first; so are `sizes`.
+        images (B, H, W, 3): uint8, NHWC; normalising is `ops.patch_embed`'s work. With `shown` as
+            many as there are, and so are `sizes` and `regions`.
         sizes (B, 2): int64 height and width of each image in the top left corner of its place, on
             the host; None: they fill it.
         text: packed token ids (int64), each sequence with its start and end token.
@@ -31,6 +31,8 @@ class Batch:
         positions (B,): int64 places in the training stream (epoch * samples + place), unique per
             draw and independent of batch split and world size: with the run's seed, the key of all
             per-sample randomness.
+        shown (1, B) or (2, B): int64, which of the images each text is about, where several texts
+            are about one or each about two (the second row); None: text b about image b.
         masked_text: `text` with tokens masked for MLM, or None.
         mlm_labels (T,): int64 original ids at masked positions, -100 elsewhere, or None.
         masked_alone, alone_labels: the same, masked for modelling without the image, or None.
@@ -76,15 +78,21 @@ class Batch:
     answer_sets: Ragged | None = None
     answer_scores: Tensor | None = None
     sizes: Tensor | None = None
+    shown: Tensor | None = None
 
     def __len__(self) -> int:
         return self.image_ids.shape[0]
 
     @property
     def image_positions(self) -> Tensor:
-        """`positions`, and of second images others that no sample has: a key for each image."""
-        pairs = len(self.images) > len(self)
-        return torch.cat([self.positions, ~self.positions]) if pairs else self.positions
+        """`positions` of the images, and of second ones others that no sample has: a key for
+        each.
+        """
+        if self.shown is None:
+            return self.positions
+        keys = torch.stack([self.positions, ~self.positions])[: len(self.shown)]
+        places = self.positions.new_zeros(len(self.images))
+        return places.index_copy(0, self.shown.flatten(), keys.flatten())
 
     def visual(self, front: str) -> Tensor | Images | Regions:
         """What a front end of kind `front` reads: regions for "regions", else pixels, with the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlpfast.data.prompts import ANSWER, LOCATED, TASKS
+from vlpfast.data.prompts import ANSWER, LOCATED, TASKS, needs_captions
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class DataConfig:
             0: prompts are of their own, and texts answer them. VQA v2's 3129 are those that at
             least nine questions have (`answers_at_least`).
         answers_at_least: of how many questions an answer must be the answer.
+        questions: how many of its record's questions an image is asked in a step of training, each
+            a text of its own (around from the first where it has fewer); more than 1 with `answers`
+            and without captions among `tasks`.
         locations: location tokens in the vocabulary, bins of an image's width and height
             (Unified-IO: 1000); 0: none. `<loc17>` in a text is one of them.
         classes: class names of the images: the record field that holds one or a list of them;
@@ -84,6 +87,7 @@ class DataConfig:
     tasks: tuple[str, ...] = ()
     answers: int = 0
     answers_at_least: int = 1
+    questions: int = 1
     locations: int = 0
     classes: str = ""
     captions: tuple[int, ...] = ()
@@ -127,6 +131,7 @@ class DataConfig:
             ("window", 0),
             ("answers", 0),
             ("answers_at_least", 1),
+            ("questions", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
@@ -157,6 +162,11 @@ class DataConfig:
         if self.answers and (not asking or asking - ANSWER.keys()):
             names = ", ".join(ANSWER)
             raise ValueError(f"answers needs tasks that ask ({names}), got {self.tasks}")
+        if self.questions > 1 and (not self.answers or needs_captions(self.tasks)):
+            raise ValueError(
+                f"questions {self.questions} an image need answers > 0 and tasks that all ask, got "
+                f"{self.answers} and {self.tasks}"
+            )
         if self.locations < 0 or self.locations == 1:
             raise ValueError(f"locations must be 0 or >= 2, got {self.locations}")
         located = sorted(set(LOCATED) & set(self.tasks))

@@ -153,13 +153,19 @@ class TorchLoader:
             images, keys = images.transpose(0, 1).flatten(0, 1), positions.repeat(2)
         images = self._augment(images, keys.to(images.device))
         text, more = self._texts.of(draws)
+        own, count = torch.arange(len(positions)), self._texts.questions
+        shown = own.repeat_interleave(count)[None]
+        if self._second is not None:
+            shown = torch.cat([shown, shown + len(own)])
+        image_ids = torch.from_numpy(np.array(self.index.at("image_ids", draws.samples)))
         return Batch(
             images=images.pin_memory() if self._pin and not images.is_cuda else images,
             sizes=torch.from_numpy(self._sizes(draws.boxes)) if self._unlike else None,
             text=text,
-            image_ids=torch.from_numpy(np.array(self.index.at("image_ids", draws.samples))),
-            sample_ids=torch.from_numpy(draws.samples),
-            positions=positions,
+            image_ids=image_ids.repeat_interleave(count),
+            sample_ids=torch.from_numpy(draws.samples).repeat_interleave(count),
+            positions=positions.repeat_interleave(count),
+            shown=None if len(shown) == count == 1 else shown,
             regions=(
                 self._regions.at(self.index.rows_of(draws.samples)) if self._regions else None
             ),

@@ -57,11 +57,13 @@ class Texts:
             raise ValueError("data.tasks 'image' needs the number of an image's codes: num_codes")
         self.index, self.config, self.tokenizer = index, config, tokenizer
         self.train, self.seed, self.num_codes = train, seed, num_codes
+        self.questions = config.questions if train else 1
         self._answers = config_answers(index, config)
         self._tokens = index.tokens(tokenizer, config.max_tokens)
 
     def of(self, draws: Draws) -> tuple[Ragged, dict[str, Ragged | Tensor | None]]:
-        """Packed tokens of the texts, and what belongs to them in a batch: prompts, or answers.
+        """Packed tokens of the texts, `questions` of each sample after another, and what belongs to
+        them in a batch: prompts, or answers.
 
         Raises:
             ValueError: a sample has no caption, and nothing else that could be its text.
@@ -119,8 +121,9 @@ class Texts:
         crops = augment.shown_parts(draws.boxes, *sides)
         names = [tasks[t] for t in chosen.tolist()]
         columns = (draws.samples, draws.captions, number, crops)
-        rows = zip(names, *(column.tolist() for column in columns), strict=True)
-        return [
-            Asked(self.index.record(i), captions[c].decode() if c >= 0 else "", name, n, box)
-            for name, i, c, n, box in rows
-        ]
+        asked = []
+        for name, i, c, n, crop in zip(names, *(col.tolist() for col in columns), strict=True):
+            record, caption = self.index.record(i), captions[c].decode() if c >= 0 else ""
+            numbers = range(n, n + self.questions)
+            asked += [Asked(record, caption, name, number, crop) for number in numbers]
+        return asked

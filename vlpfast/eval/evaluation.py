@@ -108,7 +108,7 @@ class Evaluation:
         tasks = ("image",) if num_codes else tuple(t for t in self.data.tasks if t != "image")
         loader = make_loader(
             self.index,
-            replace(self.data, tasks=tasks, answers=0),
+            replace(self.data, tasks=tasks, answers=0, questions=1),
             tokenizer=self.tokenizer,
             image_size=self.model.config.image_size,
             batch_size=self.options.batch_size,

@@ -141,7 +141,9 @@ def fuse(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) ->
     negatives = [None if hard is None else hard.clamp(min=0) for hard in (hard_text, hard_image)]
     device = passes.batch.image_ids.device
     plan, size, student = passes.plan, len(passes.batch), passes.student
-    texts, images = plan.fusion_rows(size, *negatives, device, passes.mixed_image)
+    texts, images = plan.fusion_rows(
+        size, *negatives, device, passes.mixed_image, passes.batch.shown
+    )
     words, keys, blocks = None if student.text is None else student.text.tokens, student.keys, None
     if plan.reads_alone:
         nothing = Ragged.empty(keys.values)

@@ -132,22 +132,23 @@ class Plan:
         hard_image: Tensor | None,
         device: torch.device,
         mixed_image: Tensor | None = None,
+        shown: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """For every fusion row: the text sequence it holds and the image it reads, (R,) int64 each.
 
-        Texts and images are numbered as their calls pack them: B clean ones, then B masked ones
-        (or the B second images of questions about two), then the B texts masked for modelling
-        without images; then those of other ranks, B each;
+        Texts and images are numbered as their calls pack them: B clean ones, then B masked ones,
+        then the B texts masked for modelling without images; then those of other ranks, B each;
         the number after the last stands for none.
         `hard_text` (B,) is each image's negative text, `hard_image` (B,) each text's negative
-        image, `mixed_image` (B,) the image of random matching.
+        image, `mixed_image` (B,) the image of random matching, `shown` the images that questions
+        are about (`Batch.shown`), which have the call for themselves.
         """
         own = torch.arange(batch_size, device=device)
         no_text = torch.full_like(own, batch_size * (self.num_texts + self.fetches))
         no_image = torch.full_like(own, batch_size * (self.num_images + self.fetches))
         masked_image = own + batch_size * self.clean_image
         rows = {
-            Rows.MATCHED: (own, own),
+            Rows.MATCHED: (own, own if shown is None else shown[0]),
             Rows.NEGATIVE_IMAGE: (own, hard_image),
             Rows.NEGATIVE_TEXT: (hard_text, own),
             Rows.MASKED: (own + batch_size, own),
@@ -155,9 +156,11 @@ class Plan:
             Rows.MASKED_IMAGE: (own, masked_image),
             Rows.MASKED_IMAGE_ALONE: (no_text, masked_image),
             Rows.MASKED_TEXT_ALONE: (own + batch_size * (1 + self.masked_text), no_image),
-            Rows.SECOND: (own, own + batch_size),
+            Rows.SECOND: (own, None if shown is None else shown[-1]),
             Rows.TOGETHER: (own, own if mixed_image is None else mixed_image),
         }
+        if self.together and shown is not None:
+            rows[Rows.TOGETHER] = rows[Rows.MATCHED]
         texts, images = zip(*(rows[group] for group in self.fusion), strict=True)
         return torch.cat(texts), torch.cat(images)
 

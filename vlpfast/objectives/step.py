@@ -185,6 +185,11 @@ class PretrainStep(nn.Module):
 
     def _passes(self, batch: Batch, config: ObjectivesConfig, seed: int, step: int) -> Passes:
         """The towers' passes."""
+        if batch.shown is not None and config.weights.keys() != {"qa"}:
+            raise ValueError(
+                "several texts about one image (data.questions), or one about two, train "
+                f"objectives.qa alone, got {sorted(config.weights)}"
+            )
         one_stack, over_ranks = self.model.config.one_stack, self.group is not None
         images = self.model.config.answer_images
         plan = Plan.of(config, one_stack=one_stack, over_ranks=over_ranks, images=images)
