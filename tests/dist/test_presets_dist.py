@@ -37,6 +37,8 @@ from vlpfast.train.distributed import World
 
 # As their recipes train them.
 CASES = {
+    # Not as its recipe: questions about two images, with scores.
+    "albef": ObjectivesConfig(itc=0.0, qa=1.0, qa_targets="scores"),
     "align": ObjectivesConfig(label_smoothing=0.1),
     "clip": ObjectivesConfig(),
     "flava": flava.OBJECTIVES,
@@ -67,6 +69,8 @@ def model_of(preset: str) -> VLPModel:
         config = replace(config, codebook=book)
     if preset == "lxmert":
         config = replace(config, answers=3)
+    if preset == "albef":
+        config = replace(config, answers=3, answer_images=2, embed_dim=0)
     if preset == "uniter":
         config = replace(config, embed_dim=16, region_heads=False)
     if config.codes:
@@ -125,6 +129,16 @@ def batch_of(number: int, rank: int, world: int, preset: str) -> Batch:
         alone_labels=whole.text.with_values(labels).select(own).values,
         sizes=shapes[own] if preset == "vilt" and number else None,
     )
+    if preset == "albef":
+        told = [{2: 1.0}, {}, {0: 0.3, 1: 0.9}, {1: 0.6}, {}, {0: 1.0, 2: 0.3}]
+        told = [told[row] for row in own.tolist()]
+        share = replace(
+            share,
+            images=torch.cat([share.images, 255 - share.images]),
+            shown=torch.arange(2 * len(own)).unflatten(0, (2, len(own))),
+            answer_sets=Ragged.from_lists([list(answers) for answers in told]),
+            answer_scores=torch.tensor([s for a in told for s in a.values()]),
+        )
     return drawing(share, number) if preset == "unified-io" else share
 
 

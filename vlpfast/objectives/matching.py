@@ -84,7 +84,7 @@ def score_loss(logits: Tensor, told: Ragged, scores: Tensor, shown: Tensor) -> t
     """
     rows, counted = told.row_ids(), shown & (told.lens > 0)
     chosen = counted[rows]
-    at = scores * chosen
+    at = scores.to(logits.dtype) * chosen
     loss = F.softplus(logits).sum(1) @ counted.to(logits.dtype) - at @ logits[rows, told.values]
     right = (at * (logits.argmax(1)[rows] == told.values)).sum()
     return (loss, counted.sum()), right
