@@ -81,7 +81,7 @@ class Batch:
     shown: Tensor | None = None
 
     def __len__(self) -> int:
-        return self.image_ids.shape[0]
+        return self.positions.shape[0]
 
     @property
     def image_positions(self) -> Tensor:
