@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import tempfile
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,12 @@ def run_distributed(function: Callable, world_size: int, *args: object) -> list:
     """
     path, name = inspect.getsourcefile(function), function.__name__
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (world_size, folder, path, name, args), nprocs=world_size)
+        try:
+            mp.spawn(_process, (world_size, folder, path, name, args), nprocs=world_size)
+        except mp.ProcessRaisedException as error:
+            # The first one noticed may have failed because another one had left.
+            texts = [path.read_text() for path in sorted(Path(folder).glob("rank*.txt"))]
+            raise RuntimeError("\n".join(texts)) from error
         return [torch.load(_result(folder, rank)) for rank in range(world_size)]
 
 
@@ -56,5 +62,10 @@ def _process(
         torch.save(getattr(module, name)(rank, *args), _result(folder, rank))
         # A process that leaves at once would close connections that others are still making.
         dist.barrier()
+    except BaseException:
+        _result(folder, rank).with_suffix(".txt").write_text(
+            f"rank {rank}: {traceback.format_exc()}"
+        )
+        raise
     finally:
         dist.destroy_process_group()
