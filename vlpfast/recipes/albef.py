@@ -174,9 +174,9 @@ RECIPES = {
     "emoji": emoji,
     "scenes": scenes,
     "scenes_swaps": swaps,
-    "scenes_vqa": partial(scenes_task, "vqa", steps=1000, questions=4),
+    "scenes_vqa": partial(scenes_task, "vqa", steps=800, questions=4),
     "scenes_ve": partial(scenes_task, "entailment", steps=1000, questions=3),
-    "scenes_nlvr": partial(scenes_task, "nlvr", steps=1000),
+    "scenes_nlvr": partial(scenes_task, "nlvr", steps=800),
     "scenes_long": partial(
         scenes, steps=3000, lr=1e-3, alpha_ramp_steps=4000, name="albef_scenes_long"
     ),
