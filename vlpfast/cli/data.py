@@ -48,6 +48,8 @@ def _make(args: list[str]) -> int:
             siblings: share of pairs of neighbouring training images that differ only in attributes
                 or places of two objects, swapped, and are told by captions of the same words;
                 --data.window 2 trains with both in one batch.
+            noise: share of training images whose captions are another image's, as much of the web's
+                are; the field `noisy` of each record, which no model reads, says which.
             seed: another seed gives other samples.
             json: print the summary as JSON.
         """
@@ -59,6 +61,7 @@ def _make(args: list[str]) -> int:
         heldout_samples: int = 1000
         image_size: int = 64
         siblings: float = 0.0
+        noise: float = 0.0
         seed: int = 0
         json: bool = False
 
@@ -82,6 +85,7 @@ Example:
         heldout_samples=a.heldout_samples,
         image_size=a.image_size,
         siblings=a.siblings,
+        noise=a.noise,
         seed=a.seed,
     )
     if a.json:

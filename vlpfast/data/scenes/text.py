@@ -110,6 +110,16 @@ def describe(scene: Scene) -> list[str]:
     return _captions(scene, draws(scene.seed, scene.split, scene.number, TEXT))[0]
 
 
+def misses(told: Scene, scene: Scene) -> bool:
+    """Whether all captions of `told` are false of `scene`."""
+    shown = Counter(map(_combination, scene.objects))
+    pair = _captions(told, draws(told.seed, told.split, told.number, TEXT))[1]
+    # Where its colors and shapes are false, so is all that says more.
+    return not Counter(map(_combination, told.objects)) <= shown and not (
+        pair and pair[0].holds(scene)
+    )
+
+
 def _captions(scene: Scene, draw: Draw) -> tuple[list[str], tuple[Claim, Claim | None] | None]:
     mixed = shuffled(draw, scene.objects)
     captions = [

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import trange
 
+from vlpfast.data.scenes.noise import noisy_captions
 from vlpfast.data.scenes.pairs import image_pair
 from vlpfast.data.scenes.render import render
 from vlpfast.data.scenes.siblings import sample_sibling
@@ -62,6 +63,7 @@ def write_shards(
     seed: int = 0,
     num_pairs: int = 0,
     siblings: float = 0.0,
+    noise: float = 0.0,
     samples_per_shard: int = 10_000,
     progress: bool = True,
 ) -> dict[str, object]:
@@ -79,17 +81,20 @@ def write_shards(
         seed: same seed, same set.
         num_pairs: image pairs for NLVR.
         siblings: this share of odd samples are siblings of those before them (`sample_siblings`).
+        noise: this share of samples have another image's captions (`noisy_captions`). Each record
+            then says in `noisy` whether it has; everything else in it stays true of the image.
         samples_per_shard: images per tar.
         progress: show a bar, where the output is a terminal.
-    Returns: split, num_samples, num_pairs, image_size, seed, siblings, shards, num_duplicates
-        (samples whose description an earlier one has), held_out (combinations), answers (the VQA
-        vocabulary).
+    Returns: split, num_samples, num_pairs, image_size, seed, siblings, noise, num_noisy, shards,
+        num_duplicates (samples whose description an earlier one has), held_out (combinations),
+        answers (the VQA vocabulary).
     """
     for name, value in {"num_samples": num_samples, "samples_per_shard": samples_per_shard}.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    if not 0 <= siblings <= 1:
-        raise ValueError(f"siblings: expected a share in [0, 1], got {siblings}")
+    for name, value in {"siblings": siblings, "noise": noise}.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a share in [0, 1], got {value}")
     if siblings and num_samples % 2:
         raise ValueError(f"num_samples: expected an even number with siblings, got {num_samples}")
     sample = functools.partial(sample_sibling, share=siblings) if siblings else sample_scene
@@ -98,7 +103,7 @@ def write_shards(
     for stale in folder.glob(f"{split}-??????.tar"):
         stale.unlink()
     seen: set[int] = set()
-    shards = []
+    shards, num_noisy = [], 0
     numbers = trange(
         num_samples, desc=f"scenes {split}", unit="img", disable=None if progress else True
     )
@@ -112,7 +117,13 @@ def write_shards(
                 scene = sample(seed, split, number)
                 seen.add(scene.image_id)
                 _add(tar, f"{number:09d}.png", encode_png(render(scene, image_size)))
-                _add(tar, f"{number:09d}.json", _json(record(scene)))
+                fields = record(scene)
+                if noise:
+                    captions = noisy_captions(scene, noise, num_samples, sample=sample)
+                    fields |= {"noisy": captions is not None}
+                    fields |= {"captions": captions} if captions else {}
+                    num_noisy += captions is not None
+                _add(tar, f"{number:09d}.json", _json(fields))
         partial.replace(path)
         shards.append(path.name)
     next(steps, None)  # lets the bar close
@@ -128,6 +139,8 @@ def write_shards(
         "image_size": image_size,
         "seed": seed,
         "siblings": siblings,
+        "noise": noise,
+        "num_noisy": num_noisy,
         "shards": shards,
         "num_duplicates": num_samples - len(seen),
         "held_out": [" ".join((color, shape)) for shape, color in HELD_OUT],
@@ -149,13 +162,14 @@ def make(
     heldout_samples: int = 1000,
     image_size: int = 64,
     siblings: float = 0.0,
+    noise: float = 0.0,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, dict[str, object]]:
     """Writes `out`/train, `out`/val and `out`/heldout, each with half as many pairs as images.
 
-    A split with 0 samples is left out; one with fewer than 100 gets no pairs. `siblings` is of the
-    training split alone.
+    A split with 0 samples is left out; one with fewer than 100 gets no pairs. `siblings` and
+    `noise` are of the training split alone.
 
     Returns: split -> the summary of `write_shards`.
     """
@@ -169,6 +183,7 @@ def make(
             seed=seed,
             num_pairs=count // 2 if count >= 100 else 0,
             siblings=siblings if split == "train" else 0.0,
+            noise=noise if split == "train" else 0.0,
             progress=progress,
         )
         for split, count in counts.items()
