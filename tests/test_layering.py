@@ -14,7 +14,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"integrations"},
-    {"recipes", "profile"},
+    {"recipes", "profile", "clean"},
     {"train", "eval"},
     {"objectives", "data"},
     {"models"},

@@ -1,4 +1,4 @@
-"""`vlpfast data make | pack | regions | check`."""
+"""`vlpfast data make | pack | regions | check | score`."""
 
 # No `from __future__ import annotations`: tyro reads annotations that name lazily imported classes.
 import dataclasses
@@ -9,13 +9,14 @@ from vlpfast.cli.usage import parse, pick, print_json, print_summary
 
 _HELP = """usage: vlpfast data ACTION ...
 
-Makes, packs, completes and checks data sets. Each action explains itself with --help.
+Makes, packs, completes, checks and cleans data sets. Each action explains itself with --help.
 
 Input and output:
   make scenes OUT     nothing -> the embedded data set as tar shards
   pack INPUT OUT      a table of images and captions -> tar shards
   regions INPUT FILES a detector's feature files -> regions of the images of a data set
   check PATH          a data set -> counts, and the corrupt samples with their reasons
+  score RUN           a trained model and a data set -> a score of each of its pairs
 
 Example:
   vlpfast data make scenes data/scenes --num-samples 20000
@@ -23,8 +24,14 @@ Example:
 
 
 def run(args: list[str]) -> int:
-    """Makes, packs, completes or checks data; returns the exit code."""
-    actions = {"make": _make, "pack": _pack, "regions": _regions, "check": _check}
+    """Makes, packs, completes, checks or cleans data; returns the exit code."""
+    actions = {
+        "make": _make,
+        "pack": _pack,
+        "regions": _regions,
+        "check": _check,
+        "score": _score,
+    }
     if not args or args[0] in ("-h", "--help"):
         print(_HELP, end="")
         return 0 if args else 2
@@ -226,4 +233,50 @@ Example:
     from vlpfast.data import tools
 
     print_summary(tools.check(a.path, image_key=a.image_key, caption_key=a.caption_key), a.json)
+    return 0
+
+
+def _score(args: list[str]) -> int:
+    import tyro
+
+    from vlpfast.clean.score import ScoreOptions, score
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        """Arguments of `vlpfast data score`.
+
+        Attributes:
+            run: run folder (logs/NAME) of the model that scores.
+            data: the data set.
+            out: folder of the scores, made if missing.
+            options: of scoring.
+            weights: "latest" checkpoint, or the path of a checkpoint or a .safetensors file.
+            device: "auto" is a GPU where there is one.
+            json: print the summary as JSON.
+        """
+
+        run: tyro.conf.Positional[str]
+        data: str
+        out: str
+        options: tyro.conf.OmitArgPrefixes[ScoreOptions]
+        weights: str = "latest"
+        device: Literal["auto", "cpu", "cuda"] = "auto"
+        json: bool = False
+
+    help_text = """Scores every image-text pair of a data set by a trained model.
+
+Input: a run folder and a data set. Shards that have their scores are left alone; torchrun shares
+them out among its processes.
+
+Output: OUT/SHARD.npy, float32 in the order of the index, NaN where a sample cannot be read, and
+OUT/scores.json. --data.scores OUT with --data.keep-fraction or --data.min-score trains on the best.
+
+Example:
+
+    vlpfast data score logs/clip_small --data pairs --out pairs.scores
+    vlpfast train albef_small --data pairs --data.scores pairs.scores --data.keep-fraction 0.3
+"""
+    a = parse("vlpfast data score", Arguments, args, help_text)
+    done = score(a.run, a.data, a.out, a.options, weights=a.weights, device=a.device)
+    print_summary(done, a.json)
     return 0

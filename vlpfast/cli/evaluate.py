@@ -34,6 +34,9 @@ def run(args: list[str]) -> int:
             task: what to measure.
             where: "field=value" conditions on the samples.
             id_key: record field that says which samples show the same; empty takes the run's.
+            scores: folder of scores (`vlpfast data score`), by which samples are left out.
+            min_score: of a sample that stays.
+            keep_fraction: share of the samples that stay, those of the highest scores.
             weights: "latest" checkpoint, or the path of a checkpoint or a .safetensors file.
             device: "auto" is a GPU where there is one.
             json: print JSON instead of a table.
@@ -46,6 +49,9 @@ def run(args: list[str]) -> int:
         task: Literal[tuple(TASKS)] = "retrieval"
         where: tuple[str, ...] = ()
         id_key: str = ""
+        scores: str = ""
+        min_score: float = -1.0
+        keep_fraction: float = 1.0
         weights: str = "latest"
         device: Literal["auto", "cpu", "cuda"] = "auto"
         json: bool = False
@@ -57,6 +63,9 @@ def run(args: list[str]) -> int:
         a.data,
         where=a.where,
         id_key=a.id_key,
+        scores=a.scores,
+        min_score=a.min_score,
+        keep_fraction=a.keep_fraction,
         weights=a.weights,
         device=a.device,
         **dataclasses.asdict(a.options),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vlpfast.data.prompts import ANSWER, LOCATED, TASKS, needs_captions
+
+# No score of a pair is lower: similarities are cosines, matches probabilities.
+LOWEST_SCORE = -1.0
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class DataConfig:
             there is a GPU, else torch. Both draw the same crops; pixels differ by rounding.
         where: "field=value" conditions on the records; several values of one field are
             alternatives.
+        scores: folder of the pairs' scores (`vlpfast data score`), by which samples are left out;
+            empty: none are.
+        min_score: of a sample that stays.
+        keep_fraction: share of the samples that stay, those of the highest scores; those that tie
+            with the last of them stay too.
         id_key: record field that tells which samples show the same thing; empty: each sample its
             own (or the record's `image_id`).
         image_key, caption_key: column names in a table; empty: image | filepath, captions | caption
@@ -75,6 +83,9 @@ class DataConfig:
     path: str
     loader: Literal["auto", "dali", "torch"] = "auto"
     where: tuple[str, ...] = ()
+    scores: str = ""
+    min_score: float = LOWEST_SCORE
+    keep_fraction: float = 1.0
     id_key: str = ""
     image_key: str = ""
     caption_key: str = ""
@@ -150,6 +161,12 @@ class DataConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         self._check_tasks()
+        if not 0 < self.keep_fraction <= 1:
+            raise ValueError(f"keep_fraction must be in (0, 1], got {self.keep_fraction}")
+        if not self.scores and (self.min_score > LOWEST_SCORE or self.keep_fraction < 1):
+            raise ValueError(
+                "min_score and keep_fraction choose by scores: name their folder in scores"
+            )
         for condition in self.where:
             if "=" not in condition:
                 raise ValueError(f"where must be 'field=value', got {condition!r}")
@@ -179,6 +196,10 @@ class DataConfig:
             )
         if located and self.max_tokens < 6:
             raise ValueError(f"max_tokens of a box must be >= 6, got {self.max_tokens}")
+
+    def unfiltered(self) -> DataConfig:
+        """The same without what leaves samples out: conditions and scores."""
+        return replace(self, where=(), scores="", min_score=LOWEST_SCORE, keep_fraction=1.0)
 
     @property
     def conditions(self) -> dict[str, list[str]]:

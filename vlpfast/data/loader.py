@@ -12,13 +12,15 @@ from vlpfast.data.index import Index
 from vlpfast.data.loader_torch import TorchLoader
 from vlpfast.data.prompts import iter_texts, needs_captions
 from vlpfast.data.regions import with_regions
+from vlpfast.data.scores import kept
 from vlpfast.data.tokenizer import Tokenizer, find_clip_vocabulary
 
 
 def open_index(config: DataConfig) -> Index:
     """The index of `config.path` with its identity and selection; built first if need be.
 
-    Where `config.regions` is "files", samples without regions are left out.
+    Where `config.regions` is "files", samples without regions are left out; of the rest,
+    `config.scores` leaves out those of low scores.
     """
     index = Index.open(
         config.path,
@@ -29,7 +31,12 @@ def open_index(config: DataConfig) -> Index:
         verify=config.verify,
         require_captions=needs_captions(config.tasks),
     )
-    return with_regions(index.where(config.conditions), config.regions)
+    index = with_regions(index.where(config.conditions), config.regions)
+    if not config.scores:
+        return index
+    return kept(
+        index, config.scores, min_score=config.min_score, keep_fraction=config.keep_fraction
+    )
 
 
 def make_tokenizer(config: DataConfig, index: Index) -> Tokenizer:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from vlpfast.data.config import DataConfig
+from vlpfast.data.config import LOWEST_SCORE, DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import open_index
 from vlpfast.data.prompts import ANSWER
@@ -34,6 +34,9 @@ def evaluate(
     *,
     where: Sequence[str] = (),
     id_key: str = "",
+    scores: str = "",
+    min_score: float = LOWEST_SCORE,
+    keep_fraction: float = 1.0,
     weights: str = "latest",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     **options: object,
@@ -46,6 +49,7 @@ def evaluate(
         data: folder of shards, or a table, as in training.
         where: "field=value" conditions on the samples.
         id_key: record field that says which samples show the same; empty takes the run's.
+        scores, min_score, keep_fraction: which samples stay, as in `DataConfig`.
         weights: "latest" checkpoint (else model.safetensors), or the path of either kind of file.
         device: "auto" is a GPU where there is one.
         options: fields of `EvalOptions`.
@@ -54,7 +58,14 @@ def evaluate(
     settings = EvalOptions(**options)
     run = load_run(run_dir, weights=weights, device=device)
     config = replace(
-        run.data, path=str(data), where=tuple(where), id_key=id_key or run.data.id_key, index_dir=""
+        run.data.unfiltered(),
+        path=str(data),
+        where=tuple(where),
+        id_key=id_key or run.data.id_key,
+        index_dir="",
+        scores=scores,
+        min_score=min_score,
+        keep_fraction=keep_fraction,
     )
     if task in ANSWER:
         config = replace(config, tasks=(task,))
@@ -71,6 +82,8 @@ def evaluate(
     )[task]
     info = {"run": str(run_dir), "weights": str(run.weights), "data": str(data)}
     info |= {"where": " ".join(where)} if where else {}
+    if scores:
+        info |= {"scores": scores, "min_score": min_score, "keep_fraction": keep_fraction}
     result = replace(result, info=info | result.info)
     save(result, Path(run_dir) / "eval")
     return result

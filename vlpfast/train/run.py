@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from vlpfast.config import to_dict
 from vlpfast.data.answers import config_answers
+from vlpfast.data import scores
 from vlpfast.data.batch import Batch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
@@ -252,6 +253,9 @@ def data_identity(index: Index, config: DataConfig) -> str:
     digest = hashlib.sha256(
         f"{index.num_samples} {config.id_key} {sorted(config.where)}\n".encode()
     )
+    if config.scores:
+        rule = f"{scores.identity(Path(config.scores))} {config.min_score} {config.keep_fraction}"
+        digest.update(f"{rule}\n".encode())
     for path in containers(index.source):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
