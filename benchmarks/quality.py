@@ -27,6 +27,7 @@ _HEADLINE = {
     "retrieval": ("txt_r1", "txt_r10", "img_r1", "img_r10"),
     "mlm": ("mlm_accuracy", "shuffled_mlm_accuracy"),
     "swap": ("swap_accuracy", "itm_swap_accuracy"),
+    "noise": ("noise_auc", "kept_clean"),
 }
 # The row of an evaluation that says how long its training kept a core busy, all threads together.
 CORE_MINUTES = "core_minutes"

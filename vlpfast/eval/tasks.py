@@ -18,6 +18,8 @@ from vlpfast.eval.caption import caption_probe
 from vlpfast.eval.classify import classify_probe
 from vlpfast.eval.codes import codes_probe, image_probe, linear_probe, mim_probe
 from vlpfast.eval.evaluation import Evaluation
+from vlpfast.eval.noise import noise_probe
+from vlpfast.eval.pairs import check_metric, metrics_of
 from vlpfast.eval.probe import mlm_probe, swap_probe
 from vlpfast.eval.rank import retrieval
 from vlpfast.eval.report import EvalResult
@@ -192,6 +194,22 @@ def mim(on: Evaluation) -> EvalResult:
     return mim_probe(on.model, on.batches("mim"), guide, **options)
 
 
+def noise(on: Evaluation) -> EvalResult:
+    """Pairs that belong together told from noisy ones."""
+    metrics = metrics_of(on.model.config, on.objectives)
+    if not metrics:
+        check_metric("similarity", on.model.config)
+    return noise_probe(
+        on.model,
+        metrics,
+        on.batches("noise"),
+        on.index,
+        on.index.tokens(on.tokenizer, on.data.max_tokens),
+        captions=on.options.captions or on.data.captions,
+        pairs_per_call=on.options.pairs_per_call,
+    )
+
+
 def linear(on: Evaluation) -> EvalResult:
     """A linear classifier on patches, beside that of a model that has learned nothing."""
     config = on.model.config
@@ -219,6 +237,7 @@ TASKS: dict[str, Callable[[Evaluation], EvalResult]] = {
     "box": box,
     "image": image,
     "classify": classify,
+    "noise": noise,
     "codes": codes,
     "mim": mim,
     "linear": linear,
