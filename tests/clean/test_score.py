@@ -10,13 +10,15 @@ from safetensors.torch import load_file, save_file
 
 from tests._images import encode, picture, write_set, write_tar
 from vlpfast import cli
-from vlpfast.clean import ScoreOptions, score
+from vlpfast.clean import score as score_module
+from vlpfast.clean.score import ScoreOptions, score
 from vlpfast.config import to_dict
-from vlpfast.data import scores as files
+from vlpfast.data import sidecar
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader
 from vlpfast.data.scenes import make
+from vlpfast.data.scores import iter_scores, kept, scores_in, write_scores
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.models import VLPModel, create_model
 from vlpfast.objectives import ObjectivesConfig
@@ -90,7 +92,7 @@ def one_by_one(model, index, run, metric, config, places=()) -> list[float]:
 
 
 def read(folder: Path, index: Index) -> np.ndarray:
-    return np.concatenate([found for _, found in files.iter_scores(folder, index)])
+    return np.concatenate([found for _, found in iter_scores(scores_in(folder), index)])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def read(folder: Path, index: Index) -> np.ndarray:
     ],
 )
 def test_scores_are_those_of_single_pairs(tmp_path, monkeypatch, preset, metric):
-    monkeypatch.setattr(files, "PART_ROWS", 5)
+    monkeypatch.setattr(sidecar, "PART_ROWS", 5)
     path = write_set(tmp_path, 12)
     index, config = Index.open(path), data_of(path)
     model = make_run(tmp_path / "run", index, preset, config, itm=1.0)
@@ -151,7 +153,7 @@ def test_captions_that_count(tmp_path):
     for name, places in {"own": (1,), "asked": (0, 2)}.items():
         wanted = one_by_one(model, index, tmp_path / "run", "similarity", config, places)
         np.testing.assert_allclose(read(tmp_path / name, index), wanted, rtol=0, atol=2e-5)
-        assert files.description(tmp_path / name)["captions"] == list(places)
+        assert scores_in(tmp_path / name).description()["captions"] == list(places)
 
 
 @pytest.fixture
@@ -181,21 +183,21 @@ def test_corrupt_samples_are_named(shards):
     assert (done["num_scored"], done["num_corrupt"]) == (9, 3)
     assert list(done["corrupt"]) == ["0.tar/1.png", "1.tar/1.png", "2.tar/1.png"]
     assert all(done["corrupt"].values())
-    assert files.kept(index, folder / "out").num_samples == 9
+    assert kept(index, folder / "out").num_samples == 9
 
 
 def test_a_stopped_call_goes_on(shards, monkeypatch):
     folder, index = shards
     score(folder / "run", index.source, folder / "whole")
-    write_part, written = files.write_part, []
+    written = []
 
     def stop_at_second(out, part, *rest):
         if written:
             raise KeyboardInterrupt
         written.append(part.name)
-        write_part(out, part, *rest)
+        write_scores(out, part, *rest)
 
-    monkeypatch.setattr(files, "write_part", stop_at_second)
+    monkeypatch.setattr(score_module, "write_scores", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         score(folder / "run", index.source, folder / "out")
     with pytest.raises(ValueError, match=r"has no 1.npy"):
@@ -203,14 +205,14 @@ def test_a_stopped_call_goes_on(shards, monkeypatch):
 
     def note(out, part, *rest):
         written.append(part.name)
-        write_part(out, part, *rest)
+        write_scores(out, part, *rest)
 
-    monkeypatch.setattr(files, "write_part", note)
+    monkeypatch.setattr(score_module, "write_scores", note)
     assert score(folder / "run", index.source, folder / "out")["finished"]
     assert written == ["0", "1", "2"]
     for name in ("0.npy", "1.npy", "2.npy", "0.json", "1.json", "2.json"):
         assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
-    assert files.description(folder / "out") == files.description(folder / "whole")
+    assert scores_in(folder / "out").description() == scores_in(folder / "whole").description()
 
 
 def test_processes_take_shards_in_turn(shards, monkeypatch):
@@ -222,7 +224,7 @@ def test_processes_take_shards_in_turn(shards, monkeypatch):
         done = score(folder / "run", index.source, folder / "two")
         assert {p.stem for p in (folder / "two").glob("[!.]*.npy")} == names
         assert done["finished"] == (rank == "0")
-    assert files.description(folder / "two") == files.description(folder / "one")
+    assert scores_in(folder / "two").description() == scores_in(folder / "one").description()
     assert np.array_equal(read(folder / "two", index), read(folder / "one", index), equal_nan=True)
 
 

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests._images import encode, picture, write_set, write_tar
-from vlpfast.data import scores as files
+from vlpfast.data import scores as scores_module
+from vlpfast.data import sidecar
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import make_loader, make_tokenizer, open_index
 from vlpfast.data.quantile import top_share
+from vlpfast.data.scores import finish_scores, iter_scores, kept, scores_in, write_scores
 
 MADE_BY = {"metric": "similarity", "run": "logs/a", "weights": "a.pt", "weights_sha256": "0"}
 NUM_SAMPLES = 23
@@ -58,28 +60,28 @@ def test_top_share_of_many_close_scores():
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """A table of 23 samples in three parts, with scores of its samples' numbers."""
-    monkeypatch.setattr(files, "PART_ROWS", 10)
+    monkeypatch.setattr(sidecar, "PART_ROWS", 10)
     index = Index.open(write_set(tmp_path, NUM_SAMPLES))
-    return index, write_scores(index, tmp_path / "scores", np.arange(NUM_SAMPLES) / 100)
+    return index, write_all(index, tmp_path / "scores", np.arange(NUM_SAMPLES) / 100)
 
 
-def write_scores(index, folder, scores, **made_by):
-    files.begin(folder, index, MADE_BY | made_by)
-    for part in files.parts(index):
-        files.write_part(folder, part, scores[part.first : part.last].astype(np.float32))
-    assert files.finish(folder, index)
+def write_all(index, folder, scores, **made_by):
+    scores_in(folder).begin(index, MADE_BY | made_by)
+    for part in sidecar.parts(index):
+        write_scores(scores_in(folder), part, scores[part.first : part.last].astype(np.float32))
+    assert finish_scores(scores_in(folder), index)
     return folder
 
 
 def test_parts_of_a_table(table):
     index, _ = table
-    assert [(p.name, p.first, p.last) for p in files.parts(index)] == [
+    assert [(p.name, p.first, p.last) for p in sidecar.parts(index)] == [
         ("000000", 0, 10),
         ("000001", 10, 20),
         ("000002", 20, 23),
     ]
     odd = index.where({"parity": "odd"})
-    rows = [files.rows_in(odd, p).tolist() for p in files.parts(odd)]
+    rows = [sidecar.rows_in(odd, p).tolist() for p in sidecar.parts(odd)]
     assert rows == [[1, 3, 5, 7, 9], [11, 13, 15, 17, 19], [21]]
 
 
@@ -94,10 +96,10 @@ def test_parts_of_shards(tmp_path):
         ]
         write_tar(tmp_path / f"{name}.tar", members)
     index = Index.open(tmp_path)
-    parts = list(files.parts(index))
+    parts = list(sidecar.parts(index))
     assert [(p.name, p.first, p.last) for p in parts] == [("a", 0, 3), ("b", 3, 3), ("c.d", 3, 5)]
-    folder = write_scores(index, tmp_path / "scores", np.arange(5) / 10)
-    rows, found = map(np.concatenate, zip(*files.iter_scores(folder, index), strict=True))
+    folder = write_all(index, tmp_path / "scores", np.arange(5) / 10)
+    rows, found = map(np.concatenate, zip(*iter_scores(scores_in(folder), index), strict=True))
     assert rows.tolist() == list(range(5))
     np.testing.assert_array_equal(found, (np.arange(5) / 10).astype(np.float32))
     assert sorted(p.name for p in folder.glob("[!.]*")) == [
@@ -106,20 +108,20 @@ def test_parts_of_shards(tmp_path):
 
 
 def test_totals(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PART_ROWS", 10)
-    monkeypatch.setattr(files, "NAMED", 3)
+    monkeypatch.setattr(sidecar, "PART_ROWS", 10)
+    monkeypatch.setattr(scores_module, "NAMED", 3)
     index = Index.open(write_set(tmp_path, NUM_SAMPLES))
     scores = np.arange(NUM_SAMPLES, dtype=np.float32)
     scores[[2, 3, 12, 13, 20, 21, 22]] = np.nan
-    files.begin(tmp_path / "s", index, MADE_BY)
-    for part in files.parts(index):
-        assert files.finish(tmp_path / "s", index) is None
+    scores_in(tmp_path / "s").begin(index, MADE_BY)
+    for part in sidecar.parts(index):
+        assert finish_scores(scores_in(tmp_path / "s"), index) is None
         corrupt = {
             f"{i}.png": "broken" for i in range(part.first + 2, min(part.last, part.first + 4))
         }
-        files.write_part(tmp_path / "s", part, scores[part.first : part.last], corrupt)
-    done = files.finish(tmp_path / "s", index)
-    assert done == files.description(tmp_path / "s")
+        write_scores(scores_in(tmp_path / "s"), part, scores[part.first : part.last], corrupt)
+    done = finish_scores(scores_in(tmp_path / "s"), index)
+    assert done == scores_in(tmp_path / "s").description()
     assert (done["num_scored"], done["num_unscored"], done["num_corrupt"]) == (16, 7, 5)
     assert done["range"] == [0.0, 19.0]
     assert done["mean"] == pytest.approx(np.nanmean(scores))
@@ -130,26 +132,26 @@ def test_totals(tmp_path, monkeypatch):
 
 def test_begin_refuses_other_scores(table):
     index, folder = table
-    files.begin(folder, index, MADE_BY | {"run": "moved/a", "weights": "moved.pt"})
+    scores_in(folder).begin(index, MADE_BY | {"run": "moved/a", "weights": "moved.pt"})
     with pytest.raises(ValueError, match="metric 'similarity', expected 'match'"):
-        files.begin(folder, index, MADE_BY | {"metric": "match"})
+        scores_in(folder).begin(index, MADE_BY | {"metric": "match"})
     with pytest.raises(ValueError, match="weights_sha256 '0', expected '1'"):
-        files.begin(folder, index, MADE_BY | {"weights_sha256": "1"})
+        scores_in(folder).begin(index, MADE_BY | {"weights_sha256": "1"})
 
 
 def test_wrong_scores_are_not_written(table):
     index, folder = table
-    part = files.part(index, 0)
+    part = sidecar.part(index, 0)
     for wrong in (np.zeros(9, np.float32), np.zeros(10)):
         with pytest.raises(ValueError, match=r"expected float32 \(10,\)"):
-            files.write_part(folder, part, wrong)
+            write_scores(scores_in(folder), part, wrong)
 
 
 # What is kept
 
 
 def kept_rows(index, folder, **rule):
-    return np.asarray(files.kept(index, folder, **rule).rows).tolist()
+    return np.asarray(kept(index, folder, **rule).rows).tolist()
 
 
 def test_kept(table):
@@ -175,7 +177,7 @@ def test_share_is_of_the_selection(table):
 def test_ties_and_unread_samples(tmp_path):
     index = Index.open(write_set(tmp_path, 8))
     scores = np.array([0.5, np.nan, 0.9, 0.5, -0.0, 0.5, 0.0, np.nan])
-    folder = write_scores(index, tmp_path / "scores", scores)
+    folder = write_all(index, tmp_path / "scores", scores)
     # Two of six: the second ties with two others.
     assert kept_rows(index, folder, keep_fraction=0.3) == [0, 2, 3, 5]
     assert kept_rows(index, folder, min_score=0.0) == [0, 2, 3, 4, 5, 6]
@@ -185,7 +187,7 @@ def test_ties_and_unread_samples(tmp_path):
 def test_kept_rows_are_written_once(table, monkeypatch):
     index, folder = table
     first = kept_rows(index, folder, keep_fraction=0.3)
-    monkeypatch.setattr(files, "_write_kept", None)
+    monkeypatch.setattr(scores_module, "_write_kept", None)
     assert kept_rows(index, folder, keep_fraction=0.3) == first
     with pytest.raises(TypeError):
         kept_rows(index, folder, keep_fraction=0.31)
@@ -198,12 +200,12 @@ def test_scores_of_other_data(table, tmp_path):
     (tmp_path / "other").mkdir()
     fewer = Index.open(write_set(tmp_path / "other", 22))
     with pytest.raises(ValueError, match=r"scores of 23 samples, .* has 22"):
-        files.kept(fewer, folder)
+        kept(fewer, folder)
     (tmp_path / "renamed").mkdir()
     path = write_set(tmp_path / "renamed", NUM_SAMPLES)
     renamed = Index.open(path.rename(path.with_name("val.jsonl")))
     with pytest.raises(ValueError, match="other names or sizes"):
-        files.kept(renamed, folder)
+        kept(renamed, folder)
 
 
 def test_a_copy_is_the_same_data(table, tmp_path):
@@ -212,31 +214,31 @@ def test_a_copy_is_the_same_data(table, tmp_path):
     copy = Index.open(tmp_path.with_name(tmp_path.name + "-copy") / "set.jsonl")
     assert kept_rows(copy, folder, min_score=0.2) == [20, 21, 22]
     moved = tmp_path.with_name(tmp_path.name + "-copy") / "scores"
-    assert files.identity(moved) == files.identity(folder)
+    assert scores_in(moved).identity() == scores_in(folder).identity()
 
 
 def test_unfinished_and_damaged_scores(table):
     index, folder = table
     np.save(folder / "000001.npy", np.zeros(9, np.float32))
-    with pytest.raises(ValueError, match=r"000001.npy: expected float32 scores of 10 samples"):
-        files.kept(index, folder, min_score=0.1)
+    with pytest.raises(ValueError, match=r"000001.npy: expected float32 \(10,\)"):
+        kept(index, folder, min_score=0.1)
     (folder / "000001.npy").unlink()
     with pytest.raises(ValueError, match=r"has no 000001.npy: run `vlpfast data score` to its end"):
-        files.kept(index, folder, min_score=0.1)
+        kept(index, folder, min_score=0.1)
     (folder / "scores.json").unlink()
     with pytest.raises(ValueError, match="no folder of scores"):
-        files.kept(index, folder)
+        kept(index, folder)
     assert not list(index.folder.glob("kept-*"))
 
 
 def test_nothing_kept(table):
     index, folder = table
     with pytest.raises(ValueError, match=r"score of at least 0.5; .* in \[0.0, 0.2199"):
-        files.kept(index, folder, min_score=0.5)
+        kept(index, folder, min_score=0.5)
     scores = np.full(NUM_SAMPLES, np.nan)
-    none = write_scores(index, folder.with_name("none"), scores)
+    none = write_all(index, folder.with_name("none"), scores)
     with pytest.raises(ValueError, match="no score to keep by"):
-        files.kept(index, none, keep_fraction=0.5)
+        kept(index, none, keep_fraction=0.5)
 
 
 # In a run

@@ -1,8 +1,5 @@
-"""Cleaning of noisy data by trained models: scores of pairs, captions written anew and filtered.
+"""Cleaning of noisy data by trained models: `score` gives every pair a score, `capfilt` writes
+captions anew and filters them.
 
-What is kept by scores is `vlpfast.data`'s, which knows no model.
+What is then read, by scores or with other captions, is `vlpfast.data`'s, which knows no model.
 """
-
-from vlpfast.clean.score import ScoreOptions, score
-
-__all__ = ["ScoreOptions", "score"]

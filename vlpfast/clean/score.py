@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vlpfast.data import scores as files
 from vlpfast.data.batch import Batch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index, TokenTable
 from vlpfast.data.loader import make_loader, open_index
+from vlpfast.data.scores import finish_scores, scores_in, write_scores
+from vlpfast.data.sidecar import Part, Sidecar, num_parts, part, rows_in
 from vlpfast.eval.load import LoadedRun, load_run
 from vlpfast.eval.pairs import Metric, check_metric, sample_scores
 
@@ -86,7 +87,7 @@ def score(
     Raises:
         ValueError: the model cannot give the metric, or `out` has other scores.
     """
-    options, out = options or ScoreOptions(), Path(out)
+    options, files = options or ScoreOptions(), scores_in(out)
     run = load_run(run_dir, weights=weights, device=_own_device(device))
     check_metric(options.metric, run.model.config, run.objectives)
     config = data_config(run.data, data)
@@ -100,14 +101,14 @@ def score(
         "weights": str(run.weights),
         "weights_sha256": file_sha256(run.weights),
     }
-    files.begin(out, index, made_by)
+    files.begin(index, made_by)
     scorer = Scorer(run, index, config, options)
-    mine = list(own_parts(index, lambda part: files.is_finished(out, part)))
+    mine = unfinished(files, index)
     with progress_bar("score", index, mine, options.progress) as bar:
-        for part in mine:
-            files.write_part(out, part, *scorer.scores(part, bar))
-    done = files.finish(out, index)
-    return {**(done or files.description(out)), "finished": done is not None}
+        for chosen in mine:
+            write_scores(files, chosen, *scorer.scores(chosen, bar))
+    done = finish_scores(files, index)
+    return {**(done or files.description()), "finished": done is not None}
 
 
 class Scorer:
@@ -119,13 +120,13 @@ class Scorer:
         self.run, self.index, self.config, self.options = run, index, config, options
         self.tokens: TokenTable = index.tokens(run.tokenizer, config.max_tokens)
 
-    def scores(self, part: files.Part, bar: tqdm) -> tuple[np.ndarray, dict[str, str]]:
+    def scores(self, part: Part, bar: tqdm) -> tuple[np.ndarray, dict[str, str]]:
         """Float32 scores of a part's rows, NaN where a sample cannot be read or is none of the
         index's, and why those that are cannot.
         """
-        found = np.full(part.last - part.first, np.nan, np.float32)
+        found = np.full(part.num_rows, np.nan, np.float32)
         corrupt: dict[str, str] = {}
-        chosen = replace(self.index, rows=files.rows_in(self.index, part))
+        chosen = replace(self.index, rows=rows_in(self.index, part))
         for batch in batches(chosen, self.run, self.config, self.options.batch_size, corrupt, bar):
             rows = chosen.rows_of(batch.sample_ids.numpy())
             found[rows - part.first] = self.score_batch(chosen, batch).numpy()
@@ -192,18 +193,16 @@ def data_config(data: DataConfig, path: str | Path) -> DataConfig:
     )
 
 
-def own_parts(index: Index, is_finished: Callable[[files.Part], bool]) -> Iterator[files.Part]:
-    """The parts of this process that are not finished: every WORLD_SIZE-th."""
+def unfinished(files: Sidecar, index: Index) -> list[Part]:
+    """The parts of this process, every WORLD_SIZE-th, that are not finished."""
     rank, world = (int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    for number in range(rank, files.num_parts(index), world):
-        part = files.part(index, number)
-        if not is_finished(part):
-            yield part
+    own = (part(index, number) for number in range(rank, num_parts(index), world))
+    return [chosen for chosen in own if not files.is_finished(chosen)]
 
 
-def progress_bar(what: str, index: Index, mine: list[files.Part], progress: bool) -> tqdm:
+def progress_bar(what: str, index: Index, mine: list[Part], progress: bool) -> tqdm:
     """Progress over the samples of parts."""
-    total = sum(len(files.rows_in(index, part)) for part in mine)
+    total = sum(len(rows_in(index, chosen)) for chosen in mine)
     hidden = not (progress and sys.stderr.isatty())
     return tqdm(desc=what, total=total, unit="img", disable=hidden)
 

@@ -27,6 +27,7 @@ from vlpfast.data.masking import (
     mask_regions,
     mask_text,
 )
+from vlpfast.data.scores import scores_in
 from vlpfast.data.sources import containers
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.models.load import run_config, start_from
@@ -254,7 +255,7 @@ def data_identity(index: Index, config: DataConfig) -> str:
         f"{index.num_samples} {config.id_key} {sorted(config.where)}\n".encode()
     )
     if config.scores:
-        rule = f"{scores.identity(Path(config.scores))} {config.min_score} {config.keep_fraction}"
+        rule = f"{scores_in(config.scores).identity()} {config.min_score} {config.keep_fraction}"
         digest.update(f"{rule}\n".encode())
     for path in containers(index.source):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
