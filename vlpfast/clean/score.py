@@ -88,7 +88,7 @@ def score(
         ValueError: the model cannot give the metric, or `out` has other scores.
     """
     options, files = options or ScoreOptions(), scores_in(out)
-    run = load_run(run_dir, weights=weights, device=_own_device(device))
+    run = load_run(run_dir, weights=weights, device=own_device(device))
     check_metric(options.metric, run.model.config, run.objectives)
     config = data_config(run.data, data)
     options = replace(options, captions=options.captions or run.data.captions)
@@ -213,7 +213,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _own_device(device: str) -> str:
+def own_device(device: str) -> str:
     """The device of this of several processes of a machine."""
     chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device
     local = os.environ.get("LOCAL_RANK")

@@ -26,6 +26,7 @@ commands:
   data regions INPUT FILES give a data set's images a detector's regions
   data check PATH          count a data set's samples and name the corrupt ones
   data score RUN           score a data set's pairs by a trained model, to filter them
+  data capfilt RUN RUN     write a data set's captions anew and filter them
   profile RECIPE           measure a recipe's steps: throughput, and where the time goes
   env                      print versions and which op runs by which implementation here
 

@@ -1,4 +1,4 @@
-"""`vlpfast data make | pack | regions | check | score`."""
+"""`vlpfast data make | pack | regions | check | score | capfilt`."""
 
 # No `from __future__ import annotations`: tyro reads annotations that name lazily imported classes.
 import dataclasses
@@ -17,6 +17,7 @@ Input and output:
   regions INPUT FILES a detector's feature files -> regions of the images of a data set
   check PATH          a data set -> counts, and the corrupt samples with their reasons
   score RUN           a trained model and a data set -> a score of each of its pairs
+  capfilt RUN RUN     a captioner, a filter and a data set -> captions that fit its images
 
 Example:
   vlpfast data make scenes data/scenes --num-samples 20000
@@ -31,6 +32,7 @@ def run(args: list[str]) -> int:
         "regions": _regions,
         "check": _check,
         "score": _score,
+        "capfilt": _capfilt,
     }
     if not args or args[0] in ("-h", "--help"):
         print(_HELP, end="")
@@ -278,5 +280,51 @@ Example:
 """
     a = parse("vlpfast data score", Arguments, args, help_text)
     done = score(a.run, a.data, a.out, a.options, weights=a.weights, device=a.device)
+    print_summary(done, a.json)
+    return 0
+
+
+def _capfilt(args: list[str]) -> int:
+    import tyro
+
+    from vlpfast.clean.capfilt import CapFiltOptions, capfilt
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        """Arguments of `vlpfast data capfilt`.
+
+        Attributes:
+            captioner: run folder (logs/NAME) of the model that writes captions.
+            filter: run folder of the model that judges them.
+            data: the data set.
+            out: folder of the captions, made if missing.
+            options: of writing and filtering.
+            device: "auto" is a GPU where there is one.
+            json: print the summary as JSON.
+        """
+
+        captioner: tyro.conf.Positional[str]
+        filter: tyro.conf.Positional[str]
+        data: str
+        out: str
+        options: tyro.conf.OmitArgPrefixes[CapFiltOptions]
+        device: Literal["auto", "cpu", "cuda"] = "auto"
+        json: bool = False
+
+    help_text = """Writes captions anew; a filter keeps what fits, of them and of the data's own.
+
+Input: run folders of a captioner (blip, coca) and of a filter (a model with a matching head, or
+--metric similarity), and a data set. Shards that are done are left alone; torchrun shares them out.
+
+Output: OUT/SHARD.jsonl, a line for each sample, and OUT/captions.json with the counts.
+--data.recaptions OUT trains on these captions.
+
+Example:
+
+    vlpfast data capfilt logs/captioner logs/filter --data pairs --out pairs.captions
+    vlpfast train blip_small --data pairs --data.recaptions pairs.captions
+"""
+    a = parse("vlpfast data capfilt", Arguments, args, help_text)
+    done = capfilt(a.captioner, a.filter, a.data, a.out, a.options, device=a.device)
     print_summary(done, a.json)
     return 0

@@ -21,6 +21,8 @@ class DataConfig:
             there is a GPU, else torch. Both draw the same crops; pixels differ by rounding.
         where: "field=value" conditions on the records; several values of one field are
             alternatives.
+        recaptions: folder of captions (`vlpfast data capfilt`) in the place of the data's own;
+            samples that have none there are left out.
         scores: folder of the pairs' scores (`vlpfast data score`), by which samples are left out;
             empty: none are.
         min_score: of a sample that stays.
@@ -83,6 +85,7 @@ class DataConfig:
     path: str
     loader: Literal["auto", "dali", "torch"] = "auto"
     where: tuple[str, ...] = ()
+    recaptions: str = ""
     scores: str = ""
     min_score: float = LOWEST_SCORE
     keep_fraction: float = 1.0
@@ -198,8 +201,9 @@ class DataConfig:
             raise ValueError(f"max_tokens of a box must be >= 6, got {self.max_tokens}")
 
     def unfiltered(self) -> DataConfig:
-        """The same without what leaves samples out: conditions and scores."""
-        return replace(self, where=(), scores="", min_score=LOWEST_SCORE, keep_fraction=1.0)
+        """The same without conditions, other captions and scores: all samples as they are."""
+        changed = {"where": (), "recaptions": "", "scores": ""}
+        return replace(self, **changed, min_score=LOWEST_SCORE, keep_fraction=1.0)
 
     @property
     def conditions(self) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader_torch import TorchLoader
 from vlpfast.data.prompts import iter_texts, needs_captions
+from vlpfast.data.recaptions import recaptioned
 from vlpfast.data.regions import with_regions
 from vlpfast.data.scores import kept
 from vlpfast.data.tokenizer import Tokenizer, find_clip_vocabulary
@@ -20,7 +21,7 @@ def open_index(config: DataConfig) -> Index:
     """The index of `config.path` with its identity and selection; built first if need be.
 
     Where `config.regions` is "files", samples without regions are left out; of the rest,
-    `config.scores` leaves out those of low scores.
+    `config.scores` leaves out those of low scores. Captions are those in `config.recaptions`.
     """
     index = Index.open(
         config.path,
@@ -31,6 +32,8 @@ def open_index(config: DataConfig) -> Index:
         verify=config.verify,
         require_captions=needs_captions(config.tasks),
     )
+    if config.recaptions:
+        index = recaptioned(index, config.recaptions)
     index = with_regions(index.where(config.conditions), config.regions)
     if not config.scores:
         return index

@@ -27,6 +27,7 @@ from vlpfast.data.masking import (
     mask_regions,
     mask_text,
 )
+from vlpfast.data.recaptions import captions_in
 from vlpfast.data.scores import scores_in
 from vlpfast.data.sources import containers
 from vlpfast.data.tokenizer import Tokenizer
@@ -254,6 +255,8 @@ def data_identity(index: Index, config: DataConfig) -> str:
     digest = hashlib.sha256(
         f"{index.num_samples} {config.id_key} {sorted(config.where)}\n".encode()
     )
+    if config.recaptions:
+        digest.update(f"{captions_in(config.recaptions).identity()}\n".encode())
     if config.scores:
         rule = f"{scores_in(config.scores).identity()} {config.min_score} {config.keep_fraction}"
         digest.update(f"{rule}\n".encode())
