@@ -2,7 +2,8 @@
 
 Appends rows:    python -m benchmarks.quality RUN [RUN ...] [--machine NAME]
 Makes tables:    python -m benchmarks.quality --readme README.md --others docs/runs.md \
-                     --presets docs/presets.md --downstream docs/downstream.md
+                     --presets docs/presets.md --downstream docs/downstream.md \
+                     --cleaning docs/cleaning.md
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _HEADLINE = {
     "mlm": ("mlm_accuracy", "shuffled_mlm_accuracy"),
     "swap": ("swap_accuracy", "itm_swap_accuracy"),
     "noise": ("noise_auc", "kept_clean"),
+    "caption": ("exact_match", "next_token_accuracy", "shuffled_next_token_accuracy"),
 }
 # The row of an evaluation that says how long its training kept a core busy, all threads together.
 CORE_MINUTES = "core_minutes"
@@ -53,6 +55,12 @@ _DOWNSTREAM = ("vqa", "entailment", "nlvr")
 # systems; docs/presets.md has a line for each task of the other systems.
 _MAIN = ("albef_scenes", "albef_scenes_long", "albef_scenes_swaps", "clip_emoji")
 _SYSTEMS = ("albef", "clip")
+# In docs/cleaning.md alone: runs on noisy data, on what filters kept of it, and the filters.
+_CLEANING = (
+    *("flip_noisy", "flip_kept", "flip_true_pairs"),
+    *("flip_web", "flip_capfilt", "flip_filtered"),
+    *("albef_filter", "blip_captioner"),
+)
 
 
 @dataclass(frozen=True)
@@ -250,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--downstream", type=Path, metavar="FILE", help=f"rewrite {', '.join(_DOWNSTREAM)}"
     )
+    parser.add_argument("--cleaning", type=Path, metavar="FILE", help="rewrite runs of cleaning")
     options = parser.parse_args(arguments)
     for run in options.runs:
         rows = rows_of(run, options.machine)
@@ -258,12 +267,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(rows)} rows of {run.name} -> {path}")
     paths = sorted(options.results.glob(f"*/{FILE}"))
     every = [row for path in paths for row in load(path, QualityRow)]
-    listed = [row for row in every if _is_listed(row)]
+    cleaning = [row for row in every if row.run in _CLEANING]
+    others = [row for row in every if row.run not in _CLEANING]
+    listed = [row for row in others if _is_listed(row)]
     shown = {
         options.readme: tables(row for row in listed if row.run in _MAIN),
         options.others: tables(row for row in listed if row.run not in _MAIN),
-        options.presets: works(row for row in every if not _is_listed(row)),
-        options.downstream: works(row for row in every if row.task in _DOWNSTREAM),
+        options.presets: works(row for row in others if not _is_listed(row)),
+        options.downstream: works(row for row in others if row.task in _DOWNSTREAM),
+        options.cleaning: tables(cleaning),
     }
     for file, text in shown.items():
         if file is not None:

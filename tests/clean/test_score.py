@@ -1,6 +1,7 @@
 """Scores of a whole data set: against pairs taken one by one, resumed, shared out, and refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from vlpfast.clean import score as score_module
 from vlpfast.clean.score import ScoreOptions, score
 from vlpfast.data import sidecar
 from vlpfast.data.index import Index
-from vlpfast.data.loader import make_loader
+from vlpfast.data.loader import make_loader, open_index
 from vlpfast.data.scenes import make
 from vlpfast.data.scores import iter_scores, kept, scores_in, write_scores
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.ragged import Ragged
+from vlpfast.train.run import data_identity
 
 MATCHING = {"itm": 1.0, "itc": 0.0, "itm_negatives": "random"}
 
@@ -268,3 +270,25 @@ def test_command_line(shards, capsys):
     evaluate = ["eval", str(folder / "run"), "--data", str(index.source), "--json"]
     assert cli.main([*evaluate, f"--scores={folder / 'out'}", "--keep-fraction=0.5"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"]["num_images"] == 5
+
+
+def test_a_run_is_resumed_by_the_same_filter(shards):
+    """What decides which samples a run reads is part of its identity; where scores lie is not."""
+    folder, index = shards
+    score(folder / "run", index.source, folder / "out")
+    score(folder / "run", index.source, folder / "bf16", ScoreOptions(precision="amp_bf16"))
+    shutil.copytree(folder / "out", folder / "moved")
+
+    def identity(**options):
+        config = data_of(index.source, **options)
+        return data_identity(open_index(config), config)
+
+    own = identity(scores=str(folder / "out"), min_score=-0.99)
+    assert own == identity(scores=str(folder / "moved"), min_score=-0.99)
+    others = {
+        identity(),
+        identity(scores=str(folder / "out"), min_score=-0.98),
+        identity(scores=str(folder / "out"), min_score=-0.99, keep_fraction=0.999),
+        identity(scores=str(folder / "bf16"), min_score=-0.99),
+    }
+    assert len(others | {own}) == 5

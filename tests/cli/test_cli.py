@@ -232,6 +232,8 @@ def test_traceback_on_request(train, monkeypatch):
         "data pack --help",
         "data regions --help",
         "data check --help",
+        "data score --help",
+        "data capfilt --help",
         "profile --help",
         "profile albef_tiny --help",
         "env --help",

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from vlpfast.config import to_dict
 from vlpfast.data.answers import config_answers
-from vlpfast.data import scores
 from vlpfast.data.batch import Batch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
