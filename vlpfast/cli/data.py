@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: tyro reads annotations that name lazily imported classes.
 import dataclasses
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -280,8 +281,7 @@ Example:
 """
     a = parse("vlpfast data score", Arguments, args, help_text)
     done = score(a.run, a.data, a.out, a.options, weights=a.weights, device=a.device)
-    print_summary(done, a.json)
-    return 0
+    return _print_once(done, a.json)
 
 
 def _capfilt(args: list[str]) -> int:
@@ -326,5 +326,11 @@ Example:
 """
     a = parse("vlpfast data capfilt", Arguments, args, help_text)
     done = capfilt(a.captioner, a.filter, a.data, a.out, a.options, device=a.device)
-    print_summary(done, a.json)
+    return _print_once(done, a.json)
+
+
+def _print_once(summary: dict[str, object], as_json: bool) -> int:
+    """Of several processes the first says what all have done so far."""
+    if os.environ.get("RANK", "0") == "0":
+        print_summary(summary, as_json)
     return 0
