@@ -178,3 +178,14 @@ def test_what_two_images_exclude_is_named():
         preset_config("albef", answer_images=3)
     with pytest.raises(ValueError, match=r"answers are told from fused text and image"):
         preset_config("clip", answers=3)
+
+
+def test_data_that_do_not_fit_are_named():
+    step = qa_step("albef", replace(QA, qa_targets="scores"))
+    with pytest.raises(ValueError, match=r"objectives\.qa needs questions with answers: set data"):
+        step(replace(asked(step), answer_sets=None), seed=0, step=0)
+    with pytest.raises(ValueError, match=r"answer_images is 1, and .* about 2 of its images each"):
+        step(asked(step, 2), seed=0, step=0)
+    two = qa_step("albef", answer_images=2)
+    with pytest.raises(ValueError, match=r"answer_images is 2, and .* about 1 of its images each"):
+        two(asked(two), seed=0, step=0)

@@ -45,7 +45,7 @@ def qa(passes: Passes) -> Loss:
     """
     batch, plan, model, size = passes.batch, passes.plan, passes.model, len(passes.batch)
     labels, told = batch.answer_ids, batch.answer_sets
-    if labels is None:
+    if labels is None or (told is None and passes.config.qa_targets == "scores"):
         raise ValueError("objectives.qa needs questions with answers: set data.tasks, data.answers")
     first = 0 if plan.together else plan.first_sequence(Rows.MATCHED, size)
     rows = slice(first, first + size * model.config.answer_images)

@@ -190,6 +190,12 @@ class PretrainStep(nn.Module):
                 "several texts about one image (data.questions), or one about two, train "
                 f"objectives.qa alone, got {sorted(config.weights)}"
             )
+        about = 1 if batch.shown is None else len(batch.shown)
+        if config.qa and about != self.model.config.answer_images:
+            raise ValueError(
+                f"model.answer_images is {self.model.config.answer_images}, and the batch's texts "
+                f"are about {about} of its images each"
+            )
         one_stack, over_ranks = self.model.config.one_stack, self.group is not None
         images = self.model.config.answer_images
         plan = Plan.of(config, one_stack=one_stack, over_ranks=over_ranks, images=images)
