@@ -21,8 +21,9 @@ from vlpfast.models.presets import (
     generalist,
     seq2seq,
 )
+from vlpfast.models.presets.sizes import SHAPES, Parts, Shape, build
 
-_PRESETS: dict[str, Callable[[str], ModelConfig]] = {
+_PRESETS: dict[str, Callable[[Shape], Parts]] = {
     "albef": cross.albef,
     "align": dual.align,
     "beit2": codes.beit2,
@@ -49,7 +50,7 @@ _PRESETS: dict[str, Callable[[str], ModelConfig]] = {
     "vse++": dual.vsepp,
     "x-lxmert": co.x_lxmert,
 }
-SIZES = ("tiny", "small", "base")
+SIZES = tuple(SHAPES)
 
 
 # Parts that a preset has or has not by a setting.
@@ -100,7 +101,7 @@ def preset_config(
     unknown = [name for name in overrides if name not in known]
     if unknown:
         raise ValueError(f"unknown model field {unknown[0]!r}{close_match(unknown[0], known)}")
-    config = replace(_PRESETS[preset](size), **overrides)
+    config = replace(build(preset, size, _PRESETS[preset]), **overrides)
     text = {"vocab_size": vocab_size, "context_length": context_length}
     return replace(
         config, text=replace(config.text, **{k: v for k, v in text.items() if v is not None})

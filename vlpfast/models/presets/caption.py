@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets.sizes import BERT, SHAPES, build
+from vlpfast.models.presets.sizes import BERT, MOMENTUM_SCALE, Parts, Shape
 
 
-def coca(size: str) -> ModelConfig:
+def coca(shape: Shape) -> Parts:
     """CoCa: half of a causal decoder reads text alone and ends with the class token of the
     contrast, half reads the image; base is ViT-B/18 at 288 px under 12 + 12 layers, a vocabulary of
     64,000 with a weight of its own for the output.
@@ -17,27 +16,25 @@ def coca(size: str) -> ModelConfig:
 
     Source: Yu et al. 2022, arXiv:2205.01917, table 1 and section 3.2; open_clip coca_model.py.
     """
-    shape, eps = SHAPES[size], {"norm_eps": 1e-5}
-    base = size == "base"
-    return build(
-        "coca",
-        size,
-        (12, 12, 12) if base else (shape.vision, shape.text, shape.fusion),
-        vision={"pool": "cascade", "num_queries": 256 if base else 64} | eps,
-        text={"causal": True, "pool": "appended"} | eps,
-        fusion={"causal": True} | eps,
-        embed_dim=shape.dim,
-        lm_head="linear",
-        match_head=False,
-        base={
+    return {
+        "depths": (shape.vision, shape.text, shape.fusion),
+        "stacks": {"norm_eps": 1e-5},
+        "vision": {"pool": "cascade", "num_queries": 64},
+        "text": {"causal": True, "pool": "appended"},
+        "fusion": {"causal": True},
+        "embed_dim": shape.dim,
+        "lm_head": "linear",
+        "match_head": False,
+        "base": {
+            "depths": (12, 12, 12),
             "image_size": 288,
-            "vision": {"patch_size": 18},
+            "vision": {"patch_size": 18, "num_queries": 256},
             "text": {"vocab_size": 64000, "context_length": 64},
         },
-    )
+    }
 
 
-def blip(size: str) -> ModelConfig:
+def blip(shape: Shape) -> Parts:
     """BLIP: one text network that reads text alone ([CLS] first) or with an image ([ENC] first),
     and a decoder ([DEC] first) that is the same but for self-attention; base is ViT-B/16 under 12
     BERT layers with cross-attention, 223.74 M parameters at 384 px without the decoder's own.
@@ -46,20 +43,17 @@ def blip(size: str) -> ModelConfig:
 
     Source: Li et al. 2022, arXiv:2201.12086; salesforce/BLIP models/blip_pretrain.py and med.py.
     """
-    shape, words = SHAPES[size], {"vocab_size": 30524, "context_length": 512}
-    depth = 12 if size == "base" else shape.fusion
-    return build(
-        "blip",
-        size,
-        (shape.vision, depth, depth),
-        text={"pool": "first", "embed_norm": True, "task_tokens": 2},
-        fusion={"shares_text": True},
-        embed_dim=shape.embed_dim,
-        lm_head="tied",
-        decoder=True,
-        projection_bias=True,
-        scale="temperature",
-        scale_min=2.0,
-        scale_max=1000.0,
-        base={"embed_dim": 256, "text": words | BERT, "fusion": BERT},
-    )
+    return MOMENTUM_SCALE | {
+        "depths": (shape.vision, shape.fusion, shape.fusion),
+        "text": {"pool": "first", "embed_norm": True, "task_tokens": 2},
+        "fusion": {"shares_text": True},
+        "embed_dim": shape.embed_dim,
+        "lm_head": "tied",
+        "decoder": True,
+        "base": {
+            "depths": (12, 12, 12),
+            "embed_dim": 256,
+            "text": {"vocab_size": 30524, "context_length": 512} | BERT,
+            "fusion": BERT,
+        },
+    }

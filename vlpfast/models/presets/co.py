@@ -6,42 +6,28 @@ scenes; for others set `vision.region_dim` and `vision.region_classes`.
 
 from __future__ import annotations
 
-from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets.sizes import BERT, BERT_WORDS, SHAPES, build
+from vlpfast.models.presets.sizes import (
+    BERT,
+    BERT_TEXT,
+    BERT_WORDS,
+    DETECTOR_REGIONS,
+    SCENES_REGIONS,
+    Parts,
+    Shape,
+    merge,
+)
+
+_TWO_STREAMS = {
+    "vision": SCENES_REGIONS,
+    "text": BERT_TEXT,
+    "fusion": {"kind": "co"},
+    "mlm_head": True,
+    "region_heads": True,
+    "base": {"stacks": BERT, "vision": DETECTOR_REGIONS, "text": BERT_WORDS},
+}
 
 
-def _two_streams(
-    preset: str,
-    size: str,
-    depths: tuple[int, int, int],
-    *,
-    image: dict,
-    fusion: dict,
-    base: dict | None = None,
-    **model,
-) -> ModelConfig:
-    """Text and fusion as BERT; `image` is what differs of the image stream, `base` what size base
-    has besides.
-    """
-    base = base or {}
-    return build(
-        preset,
-        size,
-        depths,
-        vision={"front": "regions", "region_dim": 64, "region_classes": 65} | image,
-        text={"pool": "first", "embed_norm": True, "token_types": 2},
-        fusion={"kind": "co"} | fusion,
-        base=base
-        | {
-            "vision": {"region_dim": 2048, "region_classes": 1601} | BERT | base.get("vision", {}),
-            "text": BERT_WORDS | BERT,
-            "fusion": BERT,
-        },
-        **{"mlm_head": True, "region_heads": True} | model,
-    )
-
-
-def vilbert(size: str) -> ModelConfig:
+def vilbert(shape: Shape) -> Parts:
     """ViLBERT; base is BERT-base beside an image stream of six layers of width 1024, six layers of
     co-attention between text layers 6 to 11 and image layers 0 to 5.
 
@@ -51,35 +37,30 @@ def vilbert(size: str) -> ModelConfig:
     Source: Lu et al. 2019, arXiv:1908.02265; facebookresearch/vilbert-multi-task
     config/bert_base_6layer_6conect.json.
     """
-    shape = SHAPES[size]
-    return _two_streams(
-        "vilbert",
-        size,
-        (0, shape.text, shape.fusion),
-        image={"region_kind": "vilbert", "mlp_ratio": 1.0},
-        fusion={"co_mlp": True, "pair_pooler": True},
-        base={"vision": {"dim": 1024, "heads": 8}},
-    )
+    own = {
+        "depths": (0, shape.text, shape.fusion),
+        "vision": {"region_kind": "vilbert", "mlp_ratio": 1.0},
+        "fusion": {"co_mlp": True, "pair_pooler": True},
+        "base": {"vision": {"dim": 1024, "heads": 8}},
+    }
+    return merge(_TWO_STREAMS, own)
 
 
-def lxmert(size: str) -> ModelConfig:
+def lxmert(shape: Shape) -> Parts:
     """LXMERT; base is 9 layers of text, 5 of regions and 5 of both, whose co-attention shares its
     weights: 207.94 M parameters without heads, 228.05 M with all of them. The compact sizes have
     no heads for attributes (`vision.region_attributes`) and answers (`answers`).
 
     Source: Tan & Bansal 2019, arXiv:1908.07490; airsplay/lxmert src/lxrt/modeling.py.
     """
-    return _two_streams(
-        "lxmert",
-        size,
-        _lxmert_depths(size),
-        image={"region_kind": "lxmert", "region_attributes": 401 if size == "base" else 0},
-        fusion={"tied": True, "pooler": True},
-        answers=9500 if size == "base" else 0,
-    )
+    own = {
+        "vision": {"region_kind": "lxmert"},
+        "base": {"vision": {"region_attributes": 401}, "answers": 9500},
+    }
+    return merge(_TWO_STREAMS, _lxmert(shape), own)
 
 
-def x_lxmert(size: str) -> ModelConfig:
+def x_lxmert(shape: Shape) -> Parts:
     """X-LXMERT: LXMERT on the 8 x 8 cells of a CNN's grid, some of which are hidden and told by
     their codes; without answers.
 
@@ -90,24 +71,22 @@ def x_lxmert(size: str) -> ModelConfig:
 
     Source: Cho et al. 2020, arXiv:2009.11278, section 4.
     """
-    return _two_streams(
-        "x-lxmert",
-        size,
-        _lxmert_depths(size),
-        image={"front": "grid"},
-        fusion={"tied": True, "pooler": True},
-        region_heads=False,
-        codes=256,
-        base={
+    own = {
+        "vision": {"front": "grid"},
+        "region_heads": False,
+        "codes": 256,
+        "base": {
             "image_size": 256,
             "codes": 10_000,
             "vision": {"cnn": "resnet50", "patch_size": 32},
         },
-    )
+    }
+    return merge(_TWO_STREAMS, _lxmert(shape), own)
 
 
-def _lxmert_depths(size: str) -> tuple[int, int, int]:
-    if size == "base":
-        return 5, 9, 5
-    shape = SHAPES[size]
-    return shape.fusion, shape.text, shape.fusion
+def _lxmert(shape: Shape) -> Parts:
+    return {
+        "depths": (shape.fusion, shape.text, shape.fusion),
+        "fusion": {"tied": True, "pooler": True},
+        "base": {"depths": (5, 9, 5)},
+    }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets.sizes import HALF, SHAPES, build
+from vlpfast.models.presets.sizes import BERT_TEXT, HALF, Parts, Shape
 
 
-def beit3(size: str) -> ModelConfig:
+def beit3(shape: Shape) -> Parts:
     """BEiT-3 as released: all projections, norms and MLPs per modality, only the attention's
     product in common, Sub-LN; base is ViT-B/16 at 224 px with 64,010 tokens: 220.99 M parameters,
     1.18 M more in the projections of contrast, 49.2 M in the token head, 6.3 M in that of codes.
@@ -14,26 +13,22 @@ def beit3(size: str) -> ModelConfig:
     Source: Wang et al. 2022, arXiv:2208.10442; microsoft/unilm beit3/modeling_utils.py, torchscale
     model/BEiT3.py.
     """
-    shape, eps = SHAPES[size], {"norm_eps": 1e-5}
-    return build(
-        "beit3",
-        size,
-        (0, 0, shape.text + shape.fusion),
-        vision=eps,
-        text={"pool": "first"} | eps,
-        fusion={"kind": "concat", "norm": "sub", "experts": "multiway", "order": "image"} | eps,
-        embed_dim=shape.embed_dim,
-        codes=256,
-        mlm_head=True,
-        mlm_transform=False,
-        mlm_tied=False,
-        match_head=False,
-        base={"codes": 8192, "text": {"vocab_size": 64010, "context_length": 1022}},
-        **HALF,
-    )
+    return HALF | {
+        "depths": (0, 0, shape.text + shape.fusion),
+        "stacks": {"norm_eps": 1e-5},
+        "text": {"pool": "first"},
+        "fusion": {"kind": "concat", "norm": "sub", "experts": "multiway", "order": "image"},
+        "embed_dim": shape.embed_dim,
+        "codes": 256,
+        "mlm_head": True,
+        "mlm_transform": False,
+        "mlm_tied": False,
+        "match_head": False,
+        "base": {"codes": 8192, "text": {"vocab_size": 64010, "context_length": 1022}},
+    }
 
 
-def vlmo(size: str) -> ModelConfig:
+def vlmo(shape: Shape) -> Parts:
     """VLMo: self-attention in common, an MLP and its norm per modality, and in the last two layers
     one more for pairs; LayerScale, relative positions only, two pairs of embeddings. Base is
     ViT-B/16 at 224 px: 175.43 M parameters without pooler and heads.
@@ -44,20 +39,11 @@ def vlmo(size: str) -> ModelConfig:
     Source: Bao et al. 2022, arXiv:2111.02358; microsoft/unilm vlmo/modules/vlmo_module.py,
     multiway_transformer.py, config.py.
     """
-    shape = SHAPES[size]
-    return build(
-        "vlmo",
-        size,
-        (0, 0, shape.text + shape.fusion),
-        vision={"position": "none"},
-        text={
-            "pool": "first",
-            "embed_norm": True,
-            "norm_eps": 1e-12,
-            "token_types": 2,
-            "position": "none",
-        },
-        fusion={
+    return HALF | {
+        "depths": (0, 0, shape.text + shape.fusion),
+        "vision": {"position": "none"},
+        "text": BERT_TEXT | {"norm_eps": 1e-12, "position": "none"},
+        "fusion": {
             "kind": "concat",
             "modality_types": True,
             "pooler": True,
@@ -68,15 +54,14 @@ def vlmo(size: str) -> ModelConfig:
             "key_bias": False,
             "layer_scale": 0.1,
         },
-        embed_dim=shape.embed_dim,
-        codes=256,
-        joint_embedding=True,
-        mlm_head=True,
-        mlm_tied=False,
-        base={
+        "embed_dim": shape.embed_dim,
+        "codes": 256,
+        "joint_embedding": True,
+        "mlm_head": True,
+        "mlm_tied": False,
+        "base": {
             "codes": 8192,
             "text": {"vocab_size": 30522, "context_length": 196},
             "fusion": {"joint_experts": 2},
         },
-        **HALF,
-    )
+    }

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets.sizes import SHAPES, build
+from vlpfast.models.presets.sizes import Parts, Shape, merge
 
 
-def uni_perceiver(size: str) -> ModelConfig:
+def uni_perceiver(shape: Shape) -> Parts:
     """Uni-Perceiver: one pre-norm stack encodes images, texts, both and the words and class names
     with which they are compared; a learned temperature per task. Base is ViT-B/16 at 224 px.
 
@@ -19,34 +16,34 @@ def uni_perceiver(size: str) -> ModelConfig:
     Source: Zhu et al. 2022, arXiv:2112.01522; fundamentalvision/Uni-Perceiver
         configs/BERT_L12_H768_experiments/16tasks_training_basedense_stage2_64gpu.yaml.
     """
-    shape, embed = SHAPES[size], {"embed_norm": True}
-    return build(
-        "uni-perceiver",
-        size,
-        (0, 0, shape.text + shape.fusion),
-        vision={"position": "sincos", "class_token": False, "pool": "mean"} | embed,
-        text={"pool": "first", "token_types": 1} | embed,
-        fusion={"kind": "shared"},
-        embed_dim=shape.embed_dim,
-        match_head=False,
-        task_scales=("mlm", "lm", "classify"),
-        base={"text": {"vocab_size": 49408, "context_length": 512}},
-    )
+    return {
+        "depths": (0, 0, shape.text + shape.fusion),
+        "vision": {
+            "position": "sincos",
+            "class_token": False,
+            "pool": "mean",
+            "embed_norm": True,
+        },
+        "text": {"pool": "first", "token_types": 1, "embed_norm": True},
+        "fusion": {"kind": "shared"},
+        "embed_dim": shape.embed_dim,
+        "match_head": False,
+        "task_scales": ("mlm", "lm", "classify"),
+        "base": {"text": {"vocab_size": 49408, "context_length": 512}},
+    }
 
 
-def uni_perceiver_moe(size: str) -> ModelConfig:
+def uni_perceiver_moe(shape: Shape) -> Parts:
     """Uni-Perceiver-MoE: of every second block, MLP and attention projections are 8 experts, two of
     which a token gets by its attributes.
 
     Source: Zhu et al. 2022, arXiv:2206.04674; fundamentalvision/Uni-Perceiver
         configs/BERT_L12_H768_experiments/16tasks_training_basemoe_stage2_56gpu.yaml.
     """
-    config = uni_perceiver(size)
-    experts = replace(config.fusion, moe_experts=8, moe_top_k=2)
-    return replace(config, preset="uni-perceiver-moe", fusion=experts)
+    return merge(uni_perceiver(shape), {"fusion": {"moe_experts": 8, "moe_top_k": 2}})
 
 
-def metalm(size: str) -> ModelConfig:
+def metalm(shape: Shape) -> Parts:
     """MetaLM: an image tower, a linear connector, a causal decoder in whose sequence the image's
     tokens and a prompt see themselves both ways.
 
@@ -54,13 +51,10 @@ def metalm(size: str) -> ModelConfig:
 
     Source: Hao et al. 2022, arXiv:2206.06336, section 2.
     """
-    shape = SHAPES[size]
-    return build(
-        "metalm",
-        size,
-        (shape.vision, 0, shape.text + shape.fusion),
-        fusion={"kind": "prefix", "causal": True},
-        lm_head="linear",
-        match_head=False,
-        base={"text": {"vocab_size": 50257, "context_length": 512}},
-    )
+    return {
+        "depths": (shape.vision, 0, shape.text + shape.fusion),
+        "fusion": {"kind": "prefix", "causal": True},
+        "lm_head": "linear",
+        "match_head": False,
+        "base": {"text": {"vocab_size": 50257, "context_length": 512}},
+    }

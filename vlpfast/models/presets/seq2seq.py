@@ -4,11 +4,10 @@ token of one vocabulary.
 
 from __future__ import annotations
 
-from vlpfast.models.config import ModelConfig
-from vlpfast.models.presets.sizes import IMAGENET, SHAPES, build
+from vlpfast.models.presets.sizes import IMAGENET, Parts, Shape
 
 
-def pali(size: str) -> ModelConfig:
+def pali(shape: Shape) -> Parts:
     """PaLI: an image tower, a linear connector, an encoder of image and prompt, a decoder of text;
     every task is text out, and the prompt says which.
 
@@ -23,20 +22,20 @@ def pali(size: str) -> ModelConfig:
     Source: Chen et al. 2022, arXiv:2209.06794, sections 3.1 and 3.2; Xue et al. 2020 (mT5),
         arXiv:2010.11934.
     """
-    shape = SHAPES[size]
-    return build(
-        "pali",
-        size,
-        (shape.vision, 0, 12 if size == "base" else shape.text),
-        vision={"class_token": False, "pool": "mean"},
-        fusion={"kind": "seq2seq", "causal": True},
-        lm_head="linear",
-        match_head=False,
-        base={"text": {"vocab_size": 250_112, "context_length": 512}},
-    )
+    return {
+        "depths": (shape.vision, 0, shape.text),
+        "vision": {"class_token": False, "pool": "mean"},
+        "fusion": {"kind": "seq2seq", "causal": True},
+        "lm_head": "linear",
+        "match_head": False,
+        "base": {
+            "depths": (12, 0, 12),
+            "text": {"vocab_size": 250_112, "context_length": 512},
+        },
+    }
 
 
-def unified_io(size: str) -> ModelConfig:
+def unified_io(shape: Shape) -> Parts:
     """Unified-IO: an encoder of raw patches and prompt, a decoder, and one vocabulary of words,
     location tokens and image codes, read and written by one table; every task is tokens out.
 
@@ -54,19 +53,20 @@ def unified_io(size: str) -> ModelConfig:
     Source: Lu et al. 2022, arXiv:2206.08916; allenai/unified-io-inference uio/configs.py,
         uio/network.py.
     """
-    shape, embed = SHAPES[size], {"embed_norm": True}
-    return build(
-        "unified-io",
-        size,
-        (0, 0, shape.text + shape.fusion),
-        vision={"position_scale": 100.0, "class_token": False, "pool": "mean"} | embed,
-        text={"context_length": 80, "image_codes": 256} | embed,
-        fusion={"kind": "seq2seq", "causal": True, "modality_types": True},
-        lm_head="table",
-        match_head=False,
-        base={
+    return IMAGENET | {
+        "depths": (0, 0, shape.text + shape.fusion),
+        "vision": {
+            "position_scale": 100.0,
+            "class_token": False,
+            "pool": "mean",
+            "embed_norm": True,
+        },
+        "text": {"context_length": 80, "image_codes": 256, "embed_norm": True},
+        "fusion": {"kind": "seq2seq", "causal": True, "modality_types": True},
+        "lm_head": "table",
+        "match_head": False,
+        "base": {
             "image_size": 384,
             "text": {"vocab_size": 33_152, "context_length": 258, "image_codes": 16_384},
         },
-        **IMAGENET,
-    )
+    }

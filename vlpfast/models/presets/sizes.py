@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from vlpfast.models.config import FusionConfig, ModelConfig, TextConfig, VisionConfig
 
@@ -29,45 +30,54 @@ SHAPES = {
     "base": Shape(768, 12, 12, 6, 6, patch_size=16, image_size=224, embed_dim=768),
 }
 
-# BERT's blocks, its text, and how pixels are normalised where CLIP's way is not it.
+# BERT's blocks, its embedding of text, and how pixels are normalised where CLIP's way is not it.
 BERT_NORM = {"norm": "post", "norm_eps": 1e-12}
 BERT = {**BERT_NORM, "dropout": 0.1, "attention_dropout": 0.1}
+BERT_TEXT = {"pool": "first", "embed_norm": True, "token_types": 2}
 BERT_WORDS = {"vocab_size": 30522, "context_length": 512}
 HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+# Regions of the embedded scenes, and of the detector of Anderson et al. 2018.
+SCENES_REGIONS = {"front": "regions", "region_dim": 64, "region_classes": 65}
+DETECTOR_REGIONS = {"region_dim": 2048, "region_classes": 1601}
+# ALBEF's joint space.
+MOMENTUM_SCALE = {
+    "projection_bias": True,
+    "scale": "temperature",
+    "scale_min": 2.0,
+    "scale_max": 1000.0,
+}
+
+# What a preset says at one size: fields of the model, "depths" of vision, text and fusion, fields
+# of each stack under its name and of all under "stacks", and under "base" what size base has
+# besides, in the same form.
+Parts = dict[str, Any]
+_STACKS = {"vision": VisionConfig, "text": TextConfig, "fusion": FusionConfig}
 
 
-def build(
-    preset: str,
-    size: str,
-    depths: tuple[int, int, int],
-    *,
-    vision: dict | None = None,
-    text: dict | None = None,
-    fusion: dict | None = None,
-    base: dict | None = None,
-    **model,
-) -> ModelConfig:
-    """The configuration of a preset.
+def merge(*parts: Parts) -> Parts:
+    """Later ones over earlier ones, and so what is under a name that both have."""
+    merged: Parts = {}
+    for name, value in (item for part in parts for item in part.items()):
+        nested = isinstance(value, dict) and name in merged
+        merged[name] = merge(merged[name], value) if nested else value
+    return merged
 
-    Args:
-        preset, size: its name, and one of `SHAPES`.
-        depths: of vision, text and fusion.
-        vision, text, fusion: fields of the stacks where they are not the size's; `fusion` None is a
-            model without one.
-        base: what size base has besides: fields of the model, and of "vision", "text", "fusion".
-        **model: fields of the model; one without `embed_dim` has no joint space.
+
+def build(preset: str, size: str, parts: Callable[[Shape], Parts]) -> ModelConfig:
+    """The configuration of a preset: what `parts` says over what the size gives to every preset.
+
+    One without "fusion" has no such stack, one without "embed_dim" no joint space.
     """
-    shape, published = SHAPES[size], (base or {}) if size == "base" else {}
-    vision = vision or {}
-    if vision.get("front", "patches") in ("patches", "grid"):
-        vision = {"patch_size": shape.patch_size} | vision
-    fields = {"image_size": shape.image_size, "embed_dim": 0} | model | published
-    stacks = {"vision": VisionConfig, "text": TextConfig, "fusion": FusionConfig}
-    for (name, kind), depth, own in zip(
-        stacks.items(), depths, (vision, text or {}, fusion), strict=True
-    ):
-        if own is not None:
-            common = {"dim": shape.dim, "heads": shape.heads, "depth": depth}
-            fields[name] = kind(**common | own | published.get(name, {}))
+    shape = SHAPES[size]
+    start = {"image_size": shape.image_size, "embed_dim": 0, "vision": {}, "text": {}, "stacks": {}}
+    fields = merge(start, parts(shape))
+    base = fields.pop("base", {})
+    fields = merge(fields, base) if size == "base" else fields
+    common = {"dim": shape.dim, "heads": shape.heads} | fields.pop("stacks")
+    if fields["vision"].get("front", "patches") in ("patches", "grid"):
+        fields["vision"] = {"patch_size": shape.patch_size} | fields["vision"]
+    for (name, stack), depth in zip(_STACKS.items(), fields.pop("depths"), strict=True):
+        if name in fields:
+            fields[name] = stack(**common | {"depth": depth} | fields[name])
     return ModelConfig(preset, size, **fields)
