@@ -22,7 +22,7 @@ LAYERS = [
     {"ops"},
     {"kernels", "_ext"},
     {"regions", "images"},
-    {"config", "ragged"},
+    {"config", "rules", "ragged"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # For people and tests, above everything: no layer imports them, except the CLI.

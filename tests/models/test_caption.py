@@ -194,7 +194,7 @@ def test_a_decoder_must_not_see_later_words():
     with pytest.raises(ValueError, match=r"fusion\.causal needs .* text\.causal True"):
         create_model("coca", "tiny", text=preset_config("albef", "tiny").text)
     text = replace(preset_config("clip").text, pool="appended", causal=False)
-    with pytest.raises(ValueError, match=r"text\.pool 'appended' needs .* causal False"):
+    with pytest.raises(ValueError, match=r"text\.pool 'appended' needs .* text\.causal True"):
         create_model("clip", text=text)
     with pytest.raises(
         ValueError, match="'albef' has no text decoder; presets that have: 'blip', 'coca'"

@@ -204,7 +204,7 @@ def test_errors_name_what_is_missing():
         ("beit2", {"norm": "post"}, r"vision\.norm 'pre'"),
         ("beit2", {"embed_dim": 8}, r"text\.kind 'none' is a model of images alone"),
         ("pixel-bert", {"color_head": True}, r"vision\.front must be 'patches', got 'grid'"),
-        ("uniter", {"codes": 8}, r"vision\.front must have them, got 'regions'"),
+        ("uniter", {"codes": 8}, r"must be 'patches' or 'grid', got 'regions'"),
     ],
     ids=str,
 )

@@ -7,6 +7,26 @@ from typing import Literal
 
 from vlpfast.objectives.table import OBJECTIVES
 from vlpfast.ops.seed import fold_seed
+from vlpfast.rules import check_rules
+
+# See `vlpfast.rules`.
+_RULES = (
+    *(f"{{{name} must be >= 0}}" for name in (*OBJECTIVES, "hinge_margin", "hinge_sum_steps")),
+    "{mrm_probability must be in (0, 1]}",
+    "{mim_probability must be in (0, 1]}",
+    "{mtm_probability must be in (0, 1]}",
+    "{momentum must be in [0, 1)}",
+    "[itm] with [itm_negatives 'hard' or 'hard-global'] draws its negatives from itc's "
+    "similarities: set {itc > 0} or objectives.itm_negatives 'random'",
+    "[wra] aligns the pairs of random matching: set {itm > 0} and {itm_negatives 'random'}",
+    "objectives.mim, mvm and mpp hide patches ([hides_patches]), which a tokenizer in training "
+    "must see: one after the other, {vqkd 0} and {kmeans 0}",
+    "{qa_targets must be 'one' or 'scores'}",
+    "[mlm_causal] is how objectives.mlm reads texts, without a teacher: set {mlm > 0} and "
+    "{momentum 0}",
+    "the candidates of [queue_size] need a teacher: set {momentum > 0}",
+    "targets weighted by [alpha] need a teacher: set {momentum > 0}",
+)
 
 
 @dataclass(frozen=True)
@@ -119,33 +139,13 @@ class ObjectivesConfig:
     alpha_ramp_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in (*OBJECTIVES, "hinge_margin", "hinge_sum_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"objectives.{name} must be >= 0, got {getattr(self, name)}")
+        check_rules(self, _RULES, "objectives.")
         if not self.weights:
             raise ValueError(f"objectives: at least one of {', '.join(OBJECTIVES)} must be > 0")
-        if self.itm and self.itm_negatives != "random" and not self.itc:
-            raise ValueError(
-                "objectives.itm draws its negatives from itc's similarities: set objectives.itc > 0"
-                " or objectives.itm_negatives 'random'"
-            )
-        if self.wra and not (self.itm and self.itm_negatives == "random"):
-            raise ValueError(
-                "objectives.wra aligns the pairs of random matching: set objectives.itm > 0 and "
-                "objectives.itm_negatives 'random'"
-            )
-        for name in ("mrm_probability", "mim_probability"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"objectives.{name} must be in (0, 1], got {getattr(self, name)}")
         if self.kmeans and (self.mix or self.weights.keys() == {"kmeans"}):
             raise ValueError(
                 "objectives.kmeans has no gradient: train another objective beside it in every "
                 "step, and freeze the CNN (train.freeze) where its features are to stay"
-            )
-        if self.hides_patches and (self.vqkd or self.kmeans):
-            raise ValueError(
-                "objectives.mim, mvm and mpp hide patches, which a tokenizer in training "
-                "(objectives.vqkd, kmeans) must see: one after the other"
             )
         together = {name for name, objective in OBJECTIVES.items() if objective.together}
         others = sorted(self.weights.keys() - together)
@@ -153,10 +153,6 @@ class ObjectivesConfig:
             raise ValueError(
                 f"objectives.masking 'together' is one row of each pair, for {sorted(together)}; "
                 f"{', '.join(others) or 'a teacher (objectives.momentum)'} needs 'apart'"
-            )
-        if self.qa_targets not in ("one", "scores"):
-            raise ValueError(
-                f"objectives.qa_targets must be 'one' or 'scores', got {self.qa_targets!r}"
             )
         mixed = {name for name, _ in self.mix}
         if self.mix and mixed != self.weights.keys() - {"wra"}:
@@ -166,24 +162,8 @@ class ObjectivesConfig:
             )
         if any(ratio <= 0 for _, ratio in self.mix):
             raise ValueError(f"objectives.mix must have ratios > 0, got {self.mix}")
-        if self.mlm_causal and (not self.mlm or self.momentum):
-            raise ValueError(
-                "objectives.mlm_causal is how objectives.mlm reads texts, without a teacher: set "
-                "objectives.mlm > 0 and objectives.momentum 0"
-            )
-        if not 0 < self.mtm_probability <= 1:
-            raise ValueError(
-                f"objectives.mtm_probability must be in (0, 1], got {self.mtm_probability}"
-            )
         if self.momentum and not (self.itc or self.mlm):
             raise ValueError("objectives.momentum: only itc and mlm learn from a teacher")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"objectives.momentum must be in [0, 1), got {self.momentum}")
-        if (self.queue_size or self.alpha) and not self.momentum:
-            raise ValueError(
-                "objectives.queue_size and objectives.alpha need a teacher: "
-                "set objectives.momentum > 0"
-            )
 
     @property
     def weights(self) -> dict[str, float]:
