@@ -55,6 +55,16 @@ def test_coca_runs_each_module_once_and_trains_all():
     assert idle == []
 
 
+def test_a_writer_of_its_own_needs_no_text_tower():
+    """BLIP's decoder has self-attention of its own, and reads embedded words."""
+    step, called = step_of("blip", ObjectivesConfig(itc=0.0, lm=1.0)).train(), []
+    step.model.text.register_forward_hook(lambda *_: called.append("text"))
+    step.model.decoder.register_forward_hook(lambda *_: called.append("decoder"))
+    backward(step(make_batch(masked=False), seed=0, step=0))
+    assert called == ["decoder"]
+    assert step.model.text.embedding.token.grad.any()
+
+
 def test_what_is_not_to_be_predicted_does_not_count():
     step = step_of("coca", COCA).eval()
     batch, model = make_batch(masked=False), step.model

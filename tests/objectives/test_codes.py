@@ -40,11 +40,10 @@ def hidden_batch(size: int = 5, *, codes: int = 256, width: int = 128) -> Batch:
 
 
 def test_plans_of_images_alone_read_nothing_else():
-    alone = Plan(False, (), False, text=False, embed_image=False, embed_text=False)
-    assert Plan.of(MIM) == replace(alone, masked_image=True, clean_image=False)
-    assert Plan.of(VQKD) == alone
+    assert Plan.of(MIM) == Plan((), ("masked_image",))
+    assert Plan.of(VQKD) == Plan((), ("image",))
     both = Plan.of(replace(MIM, itc=1.0))
-    assert (both.masked_image, both.clean_image, both.text) == (True, True, True)
+    assert (both.texts, both.images) == (("text",), ("image", "masked_image"))
     step, batch = PretrainStep(small("beit2"), MIM).train(), hidden_batch()
     seen = []
     step.model.vision.embedding.register_forward_hook(lambda _m, args, _o: seen.append(args))
@@ -101,8 +100,8 @@ def test_mvm_reads_pairs():
     config = preset_config("vilt", "tiny", image_size=SIDE, vocab_size=50, codes=256)
     model = VLPModel(replace(config, vision=replace(config.vision, max_patches=0)))
     pair = replace(MIM, mim=0.0, mvm=1.0)
-    plan = Plan(False, (Rows.MASKED_IMAGE,), False, masked_image=True)
-    assert Plan.of(pair, one_stack=True) == replace(plan, embed_image=False, embed_text=False)
+    plan = Plan(("text",), ("masked_image",), (Rows.MASKED_IMAGE,))
+    assert Plan.of(pair, one_stack=True) == plan
     step, batch = PretrainStep(model, replace(pair, mlm=1.0)).eval(), hidden_batch()
     calls = []
     model.fusion.register_forward_hook(lambda _m, args, _o: calls.append(len(args[0])))

@@ -45,6 +45,25 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in step.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("mtm", {"text": [5]}),
+        ("mim", {"vision": [5]}),
+        ("mlm", {"vision": [5], "text": [5], "fusion": [5]}),
+    ],
+)
+def test_towers_read_only_what_the_objective_does(name, calls):
+    off = {other: float(other == name) for other in flava.OBJECTIVES.weights}
+    step, seen = flava_step(replace(flava.OBJECTIVES, **off)).train(), {}
+    for part in ("vision", "text", "fusion"):
+        count = lambda _m, args, _o, part=part: seen.setdefault(part, []).append(len(args[0]))
+        module = step.model.vision.embedding if part == "vision" else getattr(step.model, part)
+        module.register_forward_hook(count)
+    step(batch(), seed=0, step=0)
+    assert seen == calls
+
+
 @pytest.mark.parametrize("names", [("mim", "mvm", "mlm", "mtm", "itm"), ("mim",), ("mtm",)])
 @torch.no_grad()
 def test_losses_are_those_of_rows_alone(names):

@@ -30,7 +30,7 @@ def test_plan_merges_passes():
     texts, images = plan.fusion_rows(2, hard_text, hard_image, torch.device("cpu"))
     assert texts.tolist() == [0, 1, 0, 1, 1, 0, 2, 3]
     assert images.tolist() == [0, 1, 1, 0, 0, 1, 0, 1]
-    contrast = Plan(masked_text=False, fusion=(), hard_negatives=False, image_tokens=False)
+    contrast = Plan(("text",), ("image",), embeds=("image", "text"), image_tokens=False)
     assert Plan.of(ObjectivesConfig()) == contrast
 
 

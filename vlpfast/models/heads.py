@@ -158,6 +158,21 @@ class Heads(nn.Module):
             nn.Parameter(torch.tensor(config.logit_bias_init)) if config.logit_bias else None
         )
 
+    @property
+    def trained_parts(self) -> dict[str, nn.Module | None]:
+        """Of `ModelConfig.parts`, those that only objectives which need them train."""
+        return {
+            "a joint space": self.image_projection,
+            "a matching head": self.match_head,
+            "a text decoder": self.lm_head,
+            "a token head": self.token_head,
+            "region heads": self.region_heads,
+            "an attribute head": getattr(self.region_heads, "attributes", None),
+            "an answer head": self.answer_head,
+            "a code head": self.code_head,
+            "a color head": self.color_head,
+        }
+
     @torch.no_grad()
     def init_heads(self) -> None:
         """Draws fresh weights from torch's default generator."""

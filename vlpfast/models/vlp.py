@@ -174,15 +174,18 @@ class VLPModel(Heads):
             with_tokens: as `encode_image`.
         """
         self._need(self.text, "a text tower")
-        config = self.config
-        wanted = with_tokens and not config.fusion.shares_text
-        options = self._pooled_only(self.text, wanted or num_embedded == 0)
-        tokens = fused = self.text(text, seed, **options)
+        config, fused = self.config, None
+        embeds = self.has_joint_space and num_embedded != 0
         if config.fusion.shares_text:
+            # Fusion's blocks are the tower's and read what the tower reads.
             fused = self._embedded(text, config.text.task_ids[1])
-        elif config.text.pool == "appended":
-            fused = tokens.without_last()
-        if not self.has_joint_space or num_embedded == 0:
+            if not embeds:
+                return TextOutput(fused, None)
+        options = self._pooled_only(self.text, fused is None and (with_tokens or not embeds))
+        tokens = self.text(text, seed, **options)
+        if fused is None:
+            fused = tokens.without_last() if config.text.pool == "appended" else tokens
+        if not embeds:
             return TextOutput(fused, None)
         if num_embedded is not None and num_embedded < len(tokens):
             tokens = tokens.select(torch.arange(num_embedded, device=tokens.values.device))

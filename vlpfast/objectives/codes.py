@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlpfast.objectives.passes import Loss, Passes
-from vlpfast.objectives.plan import Rows
+from vlpfast.objectives.table import Rows
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -67,7 +67,7 @@ def _hidden_patches(passes: Passes, rows: Rows | None) -> list[Tensor]:
     size, ids = len(batch), batch.hidden_patches.clamp(min=0)[..., None]
     if rows is None:
         tokens = [image.tokens] if image.class_head is None else [image.tokens, image.class_head]
-        tokens = [t[size if plan.clean_image else 0 :] for t in tokens]
+        tokens = [t[size * plan.images.index("masked_image") :] for t in tokens]
         tokens = [passes.model.patches(t).take_along_dim(ids, 1) for t in tokens]
         return [passes.model.image_states(tokens[0]), *tokens[1:]]
     fused = passes.fused.image

@@ -171,6 +171,11 @@ class ObjectivesConfig:
         return {name: w for name in OBJECTIVES if (w := getattr(self, name)) > 0}
 
     @property
+    def mixes_pairs(self) -> bool:
+        """Whether matching shows other images of the batch, drawn at random."""
+        return bool(self.itm) and self.itm_negatives == "random"
+
+    @property
     def masks_regions(self) -> bool:
         """Whether an objective predicts hidden regions."""
         return any(OBJECTIVES[name].hides == "regions" for name in self.weights)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlpfast.models.vlp import VLPModel
 from vlpfast.objectives.passes import Loss, Passes, teacher_fused
-from vlpfast.objectives.plan import Rows
+from vlpfast.objectives.table import Rows
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
@@ -37,7 +37,7 @@ def mtm(passes: Passes) -> Loss:
     if passes.model.config.one_stack:
         hidden = _fused_words(passes, Rows.MASKED_TEXT_ALONE, masked)
     else:
-        tokens, before = passes.student.text.tokens, 1 + passes.plan.masked_text
+        tokens, before = passes.student.text.tokens, passes.plan.texts.index("masked_alone")
         start = tokens.cu_seqlens[before * len(passes.batch)]
         hidden = passes.model.text_states(tokens.values[start + masked])
     return _word_loss(passes, hidden, labels[masked])

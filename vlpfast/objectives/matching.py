@@ -8,13 +8,13 @@ from torch import Tensor
 
 from vlpfast.data.batch import Batch
 from vlpfast.objectives.passes import Loss, Passes
-from vlpfast.objectives.plan import Rows
+from vlpfast.objectives.table import Rows
 from vlpfast.ops.reference.counter import draw, stream, uniform
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 
 
-def itm(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) -> Loss:
+def itm(passes: Passes) -> Loss:
     """Whether text and image belong together, of the rows of the plan that matching has: they are
     its first. `metrics` gets their accuracy.
     """
@@ -24,7 +24,7 @@ def itm(passes: Passes, hard_text: Tensor | None, hard_image: Tensor | None) -> 
     if passes.mixed_image is not None:
         loss, right = pair_loss(logits, matched_pairs(passes))
     else:
-        loss, right = matching_loss(logits, hard_text, hard_image)
+        loss, right = matching_loss(logits, passes.hard_text, passes.hard_image)
     passes.metrics["itm_accuracy"] = right / loss[1]
     return loss
 

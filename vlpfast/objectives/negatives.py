@@ -43,7 +43,7 @@ class _Route(NamedTuple):
     places: Tensor
 
 
-def over_ranks(passes: Passes, seed: int) -> tuple[Passes, Tensor, Tensor]:
+def over_ranks(passes: Passes, seed: int) -> Passes:
     """A negative text of each image and a negative image of each text, of the pairs of all ranks
     whose id differs, drawn from the softmax of the scaled similarities; and what the fusion reads
     of them: encoded texts and image tokens, with their gradients.
@@ -56,9 +56,7 @@ def over_ranks(passes: Passes, seed: int) -> tuple[Passes, Tensor, Tensor]:
         seed: the same on every rank; with places in the stream it decides the draws, which so do
             not depend on how pairs are split over ranks.
 
-    Returns: passes that have those texts, images and the keys of all; each image's negative text
-    and each text's negative image, (B,) int64 as `Plan.fusion_rows` numbers them, -1 where none
-    exists.
+    Returns: passes that have the negatives, those texts and images, and the keys of all.
 
     Source: Li et al. 2022 (BLIP), salesforce/BLIP models/blip_retrieval.py, `negative_all_rank`.
     Deviation: there, all image tokens are gathered.
@@ -74,17 +72,17 @@ def over_ranks(passes: Passes, seed: int) -> tuple[Passes, Tensor, Tensor]:
     texts = _draw(scale * own.image, every.text, own, every, fold_seed(seed, 0))
     images = _draw(scale * own.text, every.image, own, every, fold_seed(seed, 1))
     if group is None:
-        return passes, texts, images
+        return replace(passes, hard_text=texts, hard_image=images)
     here = dist.get_rank(group) * size + torch.arange(size, device=texts.device)
     wanted = torch.stack([torch.where(drawn < 0, here, drawn) for drawn in (texts, images)])
     passes, places = _fetch(passes, wanted)
     rows = [
         torch.where(drawn < 0, drawn, place + size * count)
         for drawn, place, count in zip(
-            (texts, images), places, (passes.plan.num_texts, passes.plan.num_images), strict=True
+            (texts, images), places, map(len, (passes.plan.texts, passes.plan.images)), strict=True
         )
     ]
-    return passes, *rows
+    return replace(passes, hard_text=rows[0], hard_image=rows[1])
 
 
 def _every_pair(passes: Passes) -> _Pairs:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlpfast.objectives.matching import matched_pairs
 from vlpfast.objectives.passes import Loss, Passes
-from vlpfast.objectives.plan import Rows
+from vlpfast.objectives.table import Rows
 from vlpfast.ops.transport import wra_loss
 from vlpfast.ragged import Ragged
 

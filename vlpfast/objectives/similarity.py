@@ -45,12 +45,11 @@ def expert_metrics(passes: Passes) -> dict[str, Tensor]:
     model, plan, batch = passes.model, passes.plan, passes.batch
     if not model.config.fusion.moe_experts:
         return {}
-    image, texts = passes.student.image.tokens, passes.student.text.tokens.values.shape[0]
-    sizes = dict.fromkeys(Kind, 0)
-    if plan.embed_image:
+    image, sizes = passes.student.image.tokens, dict.fromkeys(Kind, 0)
+    if "image" in plan.embeds:
         sizes[Kind.IMAGE] = image.shape[0] * (1 + image.shape[1])
-    if plan.embed_text:
-        sizes[Kind.TEXT] = texts
+    if "text" in plan.embeds:
+        sizes[Kind.TEXT] = len(passes.student.text.tokens.values)
     if passes.config.classify:
         sizes[Kind.TEXT] += len(batch.class_names.values)
     words = 2 * model.config.text.vocab_size

@@ -21,7 +21,8 @@ from vlpfast.objectives import (
 )
 from vlpfast.objectives.config import ObjectivesConfig
 from vlpfast.objectives.passes import Encoded, Loss, Passes, encode, fuse
-from vlpfast.objectives.plan import Plan, Rows
+from vlpfast.objectives.plan import Plan
+from vlpfast.objectives.table import OBJECTIVES, Rows
 from vlpfast.objectives.teacher import FeatureQueue, Teacher
 from vlpfast.objectives.wiring import check_wiring
 from vlpfast.ops.keep_ids import keep_ids
@@ -30,8 +31,13 @@ from vlpfast.ops.seed import fold_seed
 # Of images of unlike sizes, patches over those of a square: what an image keeps is drawn of as many
 # numbers, whatever the batch.
 _MOST_ASPECT = 4
-# What reads the fused rows, and then images alone, in the order of the log.
-_AFTER_FUSION = {
+# All but itc's, which draws negatives too; in the order of the log.
+_LOSSES = {
+    "sigmoid": contrast.sigmoid,
+    "hinge": contrast.hinge,
+    "classify": similarity.classify,
+    "itm": matching.itm,
+    "lm": language.lm,
     "wra": regions.wra,
     "mlm": language.mlm,
     "mtm": language.mtm,
@@ -102,26 +108,18 @@ class PretrainStep(nn.Module):
         reads.
         """
         config, model = self.config, self.model
-        images = model.config.answer_images
-        plan = Plan.of(config, one_stack=model.config.one_stack, images=images)
-        words = bool(config.mlm or config.mtm)
-        trained = (
-            (model.image_projection, plan.embed_image),
-            (model.lm_head, plan.decodes),
-            (model.match_head, bool(config.itm)),
-            (model.token_head, words),
-            (model.region_heads, config.masks_regions),
-            (getattr(model.region_heads, "attributes", None), bool(config.mra)),
-            (model.answer_head, bool(config.qa)),
-            (model.code_head, bool(config.mim or config.mvm)),
-            (model.color_head, bool(config.mpp)),
+        images, one_stack = model.config.answer_images, model.config.one_stack
+        plan = Plan.of(config, one_stack=one_stack, images=images)
+        needed = {part for name in config.weights for part in OBJECTIVES[name].needs}
+        idle = any(
+            head is not None and part not in needed for part, head in model.trained_parts.items()
         )
+        reads_words = config.itm or config.mlm or config.mtm
         experts = model.config.fusion.experts != "shared" and not (
-            (words or config.itm) and plan.masked_image
+            reads_words and "masked_image" in plan.images
         )
         alone = len(plan.fusion) == 1 and plan.reads_alone
-        unread = model.config.one_stack and not plan.embed_image and (experts or alone)
-        idle = any(head is not None and not wanted for head, wanted in trained)
+        unread = one_stack and "image" not in plan.embeds and (experts or alone)
         return bool(config.mix) or unread or idle
 
     def forward(self, batch: Batch, *, seed: int, step: int) -> StepOutput:
@@ -143,29 +141,16 @@ class PretrainStep(nn.Module):
         losses = {}
         if self.model.scale is not None:
             metrics["logit_scale"] = self.model.logit_scale.detach()
-        hard_text = hard_image = None
         if config.itc:
-            losses["itc"], hard_text, hard_image = contrast.itc(passes, self.queue)
+            losses["itc"], *hard = contrast.itc(passes, self.queue)
+            passes = replace(passes, hard_text=hard[0], hard_image=hard[1])
             if self.queue is not None and self.training:
                 self._to_enqueue.append((*contrast.teacher_embeddings(passes), batch.image_ids))
-        if config.sigmoid:
-            losses["sigmoid"] = contrast.sigmoid(passes)
-        if config.hinge:
-            losses["hinge"] = contrast.hinge(passes)
-        if config.classify:
-            losses["classify"] = similarity.classify(passes)
         if config.itm and config.itm_negatives == "hard-global":
-            key = fold_seed(self.seed, 4, step)
-            passes, hard_text, hard_image = negatives.over_ranks(passes, key)
+            passes = negatives.over_ranks(passes, fold_seed(self.seed, 4, step))
         if plan.fusion:
-            passes = replace(passes, fused=fuse(passes, hard_text, hard_image))
-        if config.itm:
-            losses["itm"] = matching.itm(passes, hard_text, hard_image)
-        if config.lm:
-            losses["lm"] = language.lm(passes)
-        for name, objective in _AFTER_FUSION.items():
-            if getattr(config, name):
-                losses[name] = objective(passes)
+            passes = replace(passes, fused=fuse(passes))
+        losses |= {name: loss(passes) for name, loss in _LOSSES.items() if name in config.weights}
         metrics |= similarity.expert_metrics(passes)
         return StepOutput(losses, metrics)
 
@@ -201,7 +186,6 @@ class PretrainStep(nn.Module):
         plan = Plan.of(config, one_stack=one_stack, over_ranks=over_ranks, images=images)
         alpha = config.alpha_at(step)
         kept = self._kept_patches(batch, step)
-        mixed = bool(config.itm) and config.itm_negatives == "random"
         return Passes(
             batch,
             config,
@@ -212,7 +196,7 @@ class PretrainStep(nn.Module):
             seed,
             step,
             self.group,
-            matching.mixed_images(batch, self.seed) if mixed else None,
+            matching.mixed_images(batch, self.seed) if config.mixes_pairs else None,
         )
 
     @torch.no_grad()
@@ -222,8 +206,10 @@ class PretrainStep(nn.Module):
         """The teacher reads masked texts only where its word distributions count."""
         if self.teacher is None:
             return None
-        words = plan.masked_text and alpha > 0
-        read = Plan(words, (Rows.MASKED,) if words else (), False)
+        texts, rows = ("text",), ()
+        if "masked_text" in plan.texts and alpha > 0:
+            texts, rows = ("text", "masked_text"), (Rows.MASKED,)
+        read = Plan(texts, ("image",), rows, ("image", "text"))
         return encode(self.teacher.model, batch, kept, seed, read)
 
     def _kept_patches(self, batch: Batch, step: int) -> Tensor | None:
