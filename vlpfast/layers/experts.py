@@ -225,11 +225,11 @@ class ExpertBlock(nn.Module):
         residual: Streams,
         layout: PairLayout,
         seed: int = 0,
-        wanted: Iterable[Modality] = (),
+        leaving: Iterable[Modality] = (),
     ) -> tuple[Streams, Streams]:
-        """`wanted` as in `ExpertAttention.forward`."""
+        """`leaving`: the streams that are wanted, by default all."""
         normed, residual = expert_norm(self.norm1, branch, residual, layout, fold_seed(seed, 3))
-        branch = self.attention(normed, layout, fold_seed(seed, 1), wanted)
+        branch = self.attention(normed, layout, fold_seed(seed, 1), leaving)
         branch = self._keep(branch, layout, fold_seed(seed, 5))
         residual = {m: residual[m] for m in branch}
         normed, residual = expert_norm(self.norm2, branch, residual, layout, fold_seed(seed, 4))

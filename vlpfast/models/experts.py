@@ -21,6 +21,7 @@ from vlpfast.layers.position_bias import RelativeBias, pair_displacements
 from vlpfast.models.config import FusionConfig, ModelConfig
 from vlpfast.models.fusion import ConcatTower
 from vlpfast.models.outputs import FusedOutput
+from vlpfast.models.stack import run_blocks
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 
@@ -80,8 +81,9 @@ class ExpertTower(nn.Module):
         streams = self._streams(text, image)
         branch, residual = None, {m: x for m, x in streams.items() if x.shape[0]}
         layouts = self._layouts(layout, residual)
-        wanted = ("text",) if not images and "text" in residual else ()
-        state = self._run(0, len(self.blocks), (branch, residual), layouts, seed, wanted)
+        # Of the last block, without images, the texts alone.
+        leaving = ("text",) if not images and "text" in residual else None
+        state = run_blocks(self.blocks, (branch, residual), layouts, seed, leaving=leaving)
         streams |= self._finish(state, layout, seed)
         fused = replace(image, values=streams["image"], max_len=keys.max_len)
         return FusedOutput(text.with_values(streams["text"]), fused if images else None)
@@ -94,12 +96,12 @@ class ExpertTower(nn.Module):
         text, image = (part, nothing) if modality == "text" else (nothing, part)
         layout = PairLayout.of(text, image, image_first=self.image_first)
         streams = {modality: self._streams(text, image)[modality]}
-        layouts, count = self._layouts(layout, streams), len(self.blocks)
-        shared = self._run(0, self.fork, (None, streams), layouts, seed)
+        layouts, last = self._layouts(layout, streams), self.blocks[self.fork :]
+        shared = run_blocks(self.blocks[: self.fork], (None, streams), layouts, seed)
         outs = []
         for joint in (False, True):
             here = [replace(each, joint=joint) for each in layouts]
-            state = self._run(self.fork, count, shared, here, seed)
+            state = run_blocks(last, shared, here, seed, first=self.fork)
             outs.append(part.with_values(self._finish(state, layout, seed)[modality]))
         return outs[0], outs[1]
 
@@ -119,23 +121,6 @@ class ExpertTower(nn.Module):
             replace(layout, sequences=replace(layout.sequences, bias=bias))
             for bias in biases.unbind()
         ]
-
-    def _run(
-        self,
-        first: int,
-        stop: int,
-        state: tuple[Streams | None, Streams],
-        layouts: list[PairLayout],
-        seed: int,
-        wanted: tuple[Modality, ...] = (),
-    ) -> tuple[Streams | None, Streams]:
-        """Blocks `first` to `stop`; the state is (branch, residual) of `Block`, by stream; of the
-        last one, the streams that are `wanted`.
-        """
-        for number in range(first, stop):
-            here = wanted if number == stop - 1 else ()
-            state = self.blocks[number](*state, layouts[number], fold_seed(seed, number), here)
-        return state
 
     def _finish(
         self, state: tuple[Streams | None, Streams], layout: PairLayout, seed: int

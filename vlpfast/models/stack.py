@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from vlpfast.layers.block import Block, CrossKeys, Layout, Leaving, ResidualNorm
 from vlpfast.layers.drop_path import path_rates
+from vlpfast.layers.experts import Modality, PairLayout, Streams
 from vlpfast.layers.moe import MoeBlock
 from vlpfast.models.config import StackConfig
 from vlpfast.ops.seed import fold_seed
 
 # What `Block` passes on: the last branch, not yet added, and the sum of all before it.
-State = tuple[Tensor | None, Tensor]
+State = tuple[Tensor | None, Tensor] | tuple[Streams | None, Streams]
 # Of the names of parameters, which expert has them.
 _EXPERT = re.compile(r"\.(text|image|joint)(?=\.)")
 _OF_FRONT_ENDS = ("feature.weight", "box.weight", "cell.weight", "hidden_feature")
@@ -49,14 +50,14 @@ def make_blocks(
 def run_blocks(
     blocks: Sequence[nn.Module],
     state: State,
-    layout: Layout | Sequence[Layout],
+    layout: Layout | Sequence[Layout] | Sequence[PairLayout],
     seed: int,
     *,
     first: int = 0,
     read: Callable[[int], CrossKeys] | None = None,
-    leaving: Leaving | None = None,
+    leaving: Leaving | Iterable[Modality] | None = None,
 ) -> State:
-    """The state of `Block` after `blocks`.
+    """The state of `Block`, or by streams of `ExpertBlock`, after `blocks`.
 
     Args:
         blocks: some of a stack.
@@ -65,7 +66,7 @@ def run_blocks(
         seed: keys dropout.
         first: number of the first of them in the stack.
         read: what the layer of a number reads by cross-attention.
-        leaving: the only tokens that the last of `blocks` makes; None: all.
+        leaving: the only tokens, or streams, that the last of `blocks` makes; None: all.
     """
     for number, block in enumerate(blocks, start=first):
         here = layout if isinstance(layout, Layout) else layout[number]
