@@ -67,10 +67,8 @@ class AnswerHead(nn.Module):
     def __init__(self, dim: int, num_images: int, num_answers: int, norm_eps: float) -> None:
         super().__init__()
         self.num_images = num_images
-        self.dense, self.norm = (
-            nn.Linear(num_images * dim, 2 * dim),
-            ResidualNorm(2 * dim, norm_eps),
-        )
+        self.dense = nn.Linear(num_images * dim, 2 * dim)
+        self.norm = ResidualNorm(2 * dim, norm_eps)
         self.answers = nn.Linear(2 * dim, num_answers)
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -176,11 +174,10 @@ class Heads(nn.Module):
     @torch.no_grad()
     def init_heads(self) -> None:
         """Draws fresh weights from torch's default generator."""
-        for projection in (self.image_projection, self.text_projection):
+        joint = self.joint_heads
+        projections = [self.image_projection, self.text_projection]
+        for projection in projections + ([] if joint is None else [joint.image, joint.text]):
             if isinstance(projection, nn.Linear):
-                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-        if self.joint_heads is not None:
-            for projection in (self.joint_heads.image, self.joint_heads.text):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         if self.tokenizer is not None:
             self.tokenizer.init_weights()
@@ -207,7 +204,7 @@ class Heads(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """0-d multiplier of the cosine similarities."""
-        self._need(self.scale, "a joint space")
+        self._need("a joint space")
         return self.scale.exp() if self.config.scale == "log" else 1 / self.scale
 
     def scale_of(self, task: str) -> Tensor:
@@ -262,7 +259,7 @@ class Heads(nn.Module):
         """`match` on first tokens (R, D), and where the model pools images (R, D_image), already
         taken.
         """
-        self._need(self.match_head, "a matching head")
+        self._need("a matching head")
         return full(self.match_head(self.pool(first_tokens, first_places)))
 
     def pool(self, first_tokens: Tensor, first_places: Tensor | None = None) -> Tensor:
@@ -275,24 +272,22 @@ class Heads(nn.Module):
 
     def region_features(self, hidden: Tensor) -> Tensor:
         """Features (n, region_dim) of hidden regions from their fused tokens (n, D)."""
-        self._need(self.region_heads, "region heads")
-        if "a region feature head" not in self.config.parts:
-            raise ValueError(missing(self.config.preset, "a region feature head"))
+        self._need("region heads")
+        self._need("a region feature head")
         return full(self.region_heads.features(hidden, self.vision.embedding))
 
     def region_logits(self, hidden: Tensor) -> Tensor:
         """Class logits (n, region_classes) of hidden regions from their fused tokens (n, D); as
         LXMERT has them, one column less: there is no background.
         """
-        self._need(self.region_heads, "region heads")
+        self._need("region heads")
         return full(self.region_heads.logits(hidden))
 
     def attribute_logits(self, hidden: Tensor) -> Tensor:
         """Attribute logits (n, region_attributes - 1) of hidden regions from their fused tokens
         (n, D).
         """
-        if "an attribute head" not in self.config.parts:
-            raise ValueError(missing(self.config.preset, "an attribute head"))
+        self._need("an attribute head")
         return full(self.region_heads.attribute_logits(hidden))
 
     def answer_logits(self, first_tokens: Tensor, first_places: Tensor | None = None) -> Tensor:
@@ -300,7 +295,7 @@ class Heads(nn.Module):
         rows: pooled as for matching. With `answer_images` 2 the rows are 2R, all questions with
         their first images and then all with their second.
         """
-        self._need(self.answer_head, "an answer head")
+        self._need("an answer head")
         return full(self.answer_head(self.pool(first_tokens, first_places)))
 
     def patches(self, tokens: Tensor) -> Tensor:
@@ -311,7 +306,7 @@ class Heads(nn.Module):
         """Hidden states (n, D), transformed where the head does, its weight (K, D) and bias (K,):
         what `ops.linear_cross_entropy` takes.
         """
-        self._need(self.code_head, "a code head")
+        self._need("a code head")
         head = self.code_head
         hidden = head(hidden) if isinstance(head, TokenHead) else hidden
         return hidden, head.weight, head.bias
@@ -322,12 +317,12 @@ class Heads(nn.Module):
 
     def color_logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., 3, 256) of mean colours from hidden states (..., D)."""
-        self._need(self.color_head, "a color head")
+        self._need("a color head")
         return full(self.color_head(hidden)).unflatten(-1, (3, 256))
 
     def image_codes(self, images: Tensor) -> Tensor:
         """A tokenizer's codes (B, P) int64 of images (B, S, S, 3) uint8."""
-        self._need(self.tokenizer, "a codebook")
+        self._need("a codebook")
         tokens = self.encode_image(images).tokens
         cells = isinstance(self.tokenizer, CellTokenizer)
         return self.tokenizer.codes(tokens if cells else self.patches(tokens))
@@ -347,7 +342,7 @@ class Heads(nn.Module):
         """
         if self.config.shared:
             return self.scale_of(task) * self.fusion.features(hidden), self.encode_words(), None
-        self._need(self.token_head, "a token head")
+        self._need("a token head")
         head = self.token_head
         weight = self.text.embedding.token if head.weight is None else head.weight
         return head(hidden), weight, head.bias
@@ -358,7 +353,7 @@ class Heads(nn.Module):
         """
         if self.config.shared:
             return self.token_head_inputs(hidden, "lm")
-        self._need(self.lm_head, "a text decoder")
+        self._need("a text decoder")
         if isinstance(self.lm_head, TokenHead):
             return self.lm_head(hidden), self.text.embedding.token, self.lm_head.bias
         return hidden, self.lm_head.weight, None
@@ -367,9 +362,10 @@ class Heads(nn.Module):
         """Vocabulary logits (n, V) of states (n, D) of `decode`."""
         return full(F.linear(*self.lm_head_inputs(hidden)))
 
-    def _need(self, part: nn.Module | Tensor | None, what: str) -> None:
-        if part is None:
-            raise ValueError(missing(self.config.preset, what))
+    def _need(self, part: str) -> None:
+        """Raises ValueError where the model lacks `part`, of `ModelConfig.parts`."""
+        if part not in self.config.parts:
+            raise ValueError(missing(self.config.preset, part))
 
 
 def _poolers(

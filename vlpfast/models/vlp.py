@@ -28,7 +28,7 @@ from vlpfast.models.generate import Generated, SearchOptions, generate
 from vlpfast.models.heads import Heads, unit
 from vlpfast.models.outputs import FusedOutput, ImageOutput, TextOutput
 from vlpfast.models.prefix import PrefixTower, decode_in_sequence
-from vlpfast.models.presets import missing, preset_config
+from vlpfast.models.presets import preset_config
 from vlpfast.models.seq2seq import Seq2SeqTower, SourceKeys, decode_after_source, read_source
 from vlpfast.models.shared import Kind, SharedTower
 from vlpfast.models.stack import init_tower
@@ -139,7 +139,8 @@ class VLPModel(Heads):
             options = self._pooled_only(self.vision, with_tokens or num_embedded == 0)
             tokens = self.vision(images, keep_ids, seed, **options)
         else:
-            self._need(self.color_head or self.code_head, "a code head")
+            if not self.config.hides_patches:
+                self._need("a code head")
             tokens, class_head = self.vision.masked(images, hidden, seed)
         if not self.has_joint_space or num_embedded == 0:
             return ImageOutput(tokens, None, class_head)
@@ -173,7 +174,7 @@ class VLPModel(Heads):
             num_embedded: of how many texts, the first ones, an embedding is wanted; None: all.
             with_tokens: as `encode_image`.
         """
-        self._need(self.text, "a text tower")
+        self._need("a text tower")
         config, fused = self.config, None
         embeds = self.has_joint_space and num_embedded != 0
         if config.fusion.shares_text:
@@ -239,7 +240,8 @@ class VLPModel(Heads):
         """What `fuse` reads of images (B, N, D) or packed, once for any number of texts: keys and
         values of all fusion layers by one GEMM, or ("concat") the packed tokens.
         """
-        self._need(self.fusion, "a fusion tower")
+        if self.fusion is None:
+            self._need("a fusion tower")
         return self.fusion.image_keys(image_tokens)
 
     def fuse(
@@ -263,10 +265,11 @@ class VLPModel(Heads):
         """`fuse` with the fused image tokens too, unless `images` says that they are not wanted;
         `text_blocks` as `ConcatTower.forward`, where one stack serves both modalities.
         """
-        self._need(self.fusion, "a fusion tower")
+        if self.fusion is None:
+            self._need("a fusion tower")
         options: dict[str, Tensor | bool] = {}
         if text_blocks is not None:
-            self._need(self.fusion if self.config.one_stack else None, "one stack for both")
+            self._need("one stack for both")
             options["text_blocks"] = text_blocks
         if not images and self.config.fusion.experts != "shared":
             options["images"] = False
@@ -297,7 +300,7 @@ class VLPModel(Heads):
             cache: keys of the tokens so far, of R texts; the caller advances it.
             seed: keys dropout in training.
         """
-        self._need_decoder()
+        self._need("a text decoder")
         if self.config.fusion.kind == "seq2seq":
             return decode_after_source(
                 self.text, self.fusion, text, keys, kv_index, prompt, tokens, cache, seed
@@ -325,8 +328,7 @@ class VLPModel(Heads):
         for any number of texts: what `decode` reads as its `keys` (PaLI). Without `keys`, prompt r
         alone.
         """
-        encodes = self.config.fusion.kind == "seq2seq"
-        self._need(self.fusion if encodes else None, "a prompt encoder")
+        self._need("a prompt encoder")
         return read_source(self.text, self.fusion, keys, kv_index, prompt, seed)
 
     def generate(
@@ -352,7 +354,7 @@ class VLPModel(Heads):
         banned = (*options.pop("banned", ()), *self.config.text.task_ids)
         options.setdefault("allowed", (0, self.config.text.vocab_size))
         search = SearchOptions(start_id, end_id, max_tokens, banned=banned, **options)
-        self._need_decoder()
+        self._need("a text decoder")
         if max_tokens > self.config.text.context_length:
             raise ValueError(
                 f"max_tokens must be <= text.context_length {self.config.text.context_length}, "
@@ -376,10 +378,6 @@ class VLPModel(Heads):
         # The first of the two is a start token, whichever it is.
         text = Ragged.from_dense(torch.stack([words.new_zeros(len(words)), words], 1))
         return self.fusion.encode_text(self.text(text), kind=Kind.WORD)
-
-    def _need_decoder(self) -> None:
-        if "a text decoder" not in self.config.parts:
-            raise ValueError(missing(self.config.preset, "a text decoder"))
 
     def _embedded(self, text: Ragged, task_id: int, start: int = 0) -> Ragged:
         """Embedded tokens of `text`, whose sequences go on at position `start`; at position 0

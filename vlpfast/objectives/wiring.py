@@ -13,10 +13,11 @@ def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
     """Raises ValueError where an enabled objective needs a part that the model does not have, or
     leaves a parameter of the similarities without a gradient.
     """
-    for name in objectives.weights:
-        for part in OBJECTIVES[name].needs:
-            if part not in model.parts:
-                raise ValueError(f"objectives.{name} needs {part}; {missing(model.preset, part)}")
+    needs = [(name, part) for name in objectives.weights for part in OBJECTIVES[name].needs]
+    needs += [("mlm_causal", "one stack for both")] if objectives.mlm_causal else []
+    for name, part in needs:
+        if part not in model.parts:
+            raise ValueError(f"objectives.{name} needs {part}; {missing(model.preset, part)}")
     about_two = model.answers and model.answer_images > 1
     alone = objectives.weights.keys() == {"qa"} and objectives.masking == "apart"
     if about_two and not alone:
@@ -33,9 +34,6 @@ def check_wiring(model: ModelConfig, objectives: ObjectivesConfig) -> None:
             f"{model.preset!r}, which has fusion.relative_bias or fusion.joint_experts, in stages "
             "of their own, without each other, itm, mlm and mvm"
         )
-    if objectives.mlm_causal and "one stack for both" not in model.parts:
-        part = "one stack for both"
-        raise ValueError(f"objectives.mlm_causal needs {part}; {missing(model.preset, part)}")
     if objectives.hides_patches and (model.vision.patch_dropout or model.vision.max_patches):
         raise ValueError(
             "objectives.mim, mvm and mpp hide patches of whole images: "
