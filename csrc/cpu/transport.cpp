@@ -13,6 +13,9 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "vlpfast/checks.h"
 #include "vlpfast/huge_pages.h"
@@ -107,8 +110,13 @@ Tensor gradient_of(const Tensor& features, bool needed) {
                   features.scalar_type());
 }
 
-void* data_or_null(const Tensor& gradient, bool needed) {
-  return needed ? gradient.mutable_data_ptr() : nullptr;
+Gradients gradients_of(const Tensor& grad_x, bool need_x, const Tensor& grad_y, bool need_y) {
+  constexpr int64_t kKept = int64_t{16} << 20;  // bytes: half of an L3
+  const int64_t num_bytes =
+      (grad_x.numel() + grad_y.numel()) * static_cast<int64_t>(grad_y.element_size());
+  return {.x = need_x ? grad_x.mutable_data_ptr() : nullptr,
+          .y = need_y ? grad_y.mutable_data_ptr() : nullptr,
+          .past_caches = num_bytes > kKept};
 }
 
 std::tuple<Tensor, Tensor> ipot_bwd_cpu(const Tensor& grad_distance, const Tensor& x,
@@ -123,7 +131,7 @@ std::tuple<Tensor, Tensor> ipot_bwd_cpu(const Tensor& grad_distance, const Tenso
       .in = features_of(x, y, x_mask, y_mask, "ipot", "x", "y"),
       .plan = plan.const_data_ptr<float>(),
       .upstream = grad_distance.const_data_ptr<float>(),
-      .gradients = {data_or_null(grad_x, need_x), data_or_null(grad_y, need_y)}};
+      .gradients = gradients_of(grad_x, need_x, grad_y, need_y)};
   on_all_threads(batch.size,
                  [&](auto& next) { VLPFAST_ON_WIDEST(differentiate_ipot(batch, next)); });
   return {grad_x, grad_y};
@@ -144,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> wra_fwd_cpu(
       .in = features_of(text, image, text_mask, image_mask, "wra_loss", "text", "image"),
       .options = {beta, iters, 1, -1},
       .out = {.distance = distance.mutable_data_ptr<float>()},
-      .gradients = {data_or_null(grad_text, need_text), data_or_null(grad_image, need_image)},
+      .gradients = gradients_of(grad_text, need_text, grad_image, need_image),
       .matched = matched.const_data_ptr<bool>(),
       .weight = static_cast<float>(share)};
   on_all_threads(B, [&](auto& next) { VLPFAST_ON_WIDEST(solve_ipot(batch, next)); });

@@ -5,6 +5,7 @@
 // costs nothing, and the order of every sum is a function of the problem.
 #include "vlpfast/vec.h"
 #include "vlpfast/transport_features.h"
+#include "vlpfast/transport_gradient.h"
 #include "vlpfast/transport_log.h"
 #include "vlpfast/transport_scaling.h"
 #include "vlpfast/transport_workspace.h"
@@ -13,24 +14,42 @@
 
 namespace vlpfast::VLPFAST_NAMESPACE {
 
-VLPFAST_INLINE void gather_features(Workspace& w, const FeaturePair& in, int64_t problem) {
-  normalise_rows(in.x, in.dtype, problem, in.dim, w.rows, w.x);
-  normalise_rows(in.y, in.dtype, problem, in.dim, w.columns, w.y);
+VLPFAST_INLINE void take_features(Workspace& w, const FeaturePair& in, int64_t problem) {
+  cosines(in, problem, w.rows, w.columns, w.x, w.y, w.similarity);
 }
 
-// Gradients of upstream * distance; the plan (m, ld) is of the valid rows and columns.
+// Gradients of upstream * distance; the plan (m, ld) is of the valid rows and columns, 0 on padding.
 VLPFAST_INLINE void write_gradients(Workspace& w, const FeaturePair& in, const float* plan,
                                     float upstream, const Gradients& out, int64_t problem) {
   const int64_t m = w.rows.size(), n = w.columns.size(), ld = padded(n);
   const auto gradient = [&](void* data, int64_t length) {
-    return FeatureGradient{data, in.dtype, in.dim, problem * length, length};
+    return FeatureGradient{data, in.dtype, in.dim, problem * length, length, out.past_caches};
   };
   if (out.x != nullptr) {
-    feature_gradient(plan, ld, 1, w.x, w.rows, w.y, n, upstream, w.mixed,
+    for (int64_t i = 0; i < m; ++i) {
+      Vec along = {};
+      for (int64_t j = 0; j < ld; j += kLanes) {
+        const Vec p = load(plan + i * ld + j);
+        along += p * load(w.similarity + i * ld + j);
+        store(w.weight + i * ld + j, p * load(w.y.inverse_norm + j));
+      }
+      w.along[i] = w.x.clamped[i] ? 0.0f : sum(along) * w.x.inverse_norm[i];
+    }
+    feature_gradient(w.weight, ld, 1, w.x, w.rows, w.y, n, w.along, upstream, w.mixed,
                      gradient(out.x, in.x.length));
   }
   if (out.y != nullptr) {
-    feature_gradient(plan, 1, ld, w.y, w.columns, w.x, m, upstream, w.mixed,
+    for (int64_t j = 0; j < ld; j += kLanes) {
+      Vec along = {};
+      for (int64_t i = 0; i < m; ++i) {
+        const Vec p = load(plan + i * ld + j);
+        along += p * load(w.similarity + i * ld + j);
+        store(w.weight + i * ld + j, p * w.x.inverse_norm[i]);
+      }
+      store(w.along + j, along * load(w.y.inverse_norm + j));
+    }
+    for (int64_t j = 0; j < n; ++j) w.along[j] = w.y.clamped[j] ? 0.0f : w.along[j];
+    feature_gradient(w.weight, 1, ld, w.y, w.columns, w.x, m, w.along, upstream, w.mixed,
                      gradient(out.y, in.y.length));
   }
 }
@@ -47,8 +66,7 @@ inline void solve_ipot(const IpotBatch& batch, std::atomic<int64_t>& next) {
     double distance = 0;
     if (w.rows.size() > 0) {
       if (on_features) {
-        gather_features(w, batch.in, b);
-        cosines(w.x, w.y, w.rows.size(), w.columns.size(), w.similarity);
+        take_features(w, batch.in, b);
       } else {
         gather_cost(w, batch.cost + b * M * N, N);
       }
@@ -60,6 +78,7 @@ inline void solve_ipot(const IpotBatch& batch, std::atomic<int64_t>& next) {
     write_gradients(w, batch.in, solved.plan, minus ? -batch.weight : batch.weight,
                     batch.gradients, b);
   }
+  if (batch.gradients.past_caches) publish_past_caches();
 }
 
 inline void differentiate_ipot(const GradientBatch& batch, std::atomic<int64_t>& next) {
@@ -67,10 +86,11 @@ inline void differentiate_ipot(const GradientBatch& batch, std::atomic<int64_t>&
   Workspace w(M, N, batch.in.dim);
   for (int64_t b; (b = next.fetch_add(1)) < batch.size;) {
     w.gather(batch.in.x.mask, batch.in.y.mask, b, M, N);
-    gather_features(w, batch.in, b);
-    gather_plan(w, batch.plan + b * M * N, N);
-    write_gradients(w, batch.in, w.similarity, batch.upstream[b], batch.gradients, b);
+    take_features(w, batch.in, b);
+    float* plan = gather_plan(w, batch.plan + b * M * N, N);
+    write_gradients(w, batch.in, plan, batch.upstream[b], batch.gradients, b);
   }
+  if (batch.gradients.past_caches) publish_past_caches();
 }
 
 inline void solve_sinkhorn(const SinkhornBatch& batch, std::atomic<int64_t>& next) {

@@ -77,16 +77,16 @@ struct Solutions {
 struct Gradients {
   void* x;  // (B, M, D)
   void* y;  // (B, N, D)
+  bool past_caches;  // written without a place in the caches, which could not keep them
 };
 
 // One problem's part of a gradient.
 struct FeatureGradient {
+  int64_t row_bytes() const { return dim * (dtype == Dtype::kFloat ? 4 : 2); }
+  void* row(int64_t r) const { return static_cast<char*>(data) + (first_row + r) * row_bytes(); }
   // Rows [begin, end) are 0.
   void zero(int64_t begin, int64_t end) const {
-    const int64_t row_bytes = dim * (dtype == Dtype::kFloat ? 4 : 2);
-    if (begin == end) return;
-    std::memset(static_cast<char*>(data) + (first_row + begin) * row_bytes, 0,
-                (end - begin) * row_bytes);
+    if (begin < end) std::memset(row(begin), 0, (end - begin) * row_bytes());
   }
 
   void* data;
@@ -94,6 +94,7 @@ struct FeatureGradient {
   int64_t dim;
   int64_t first_row;  // of `length`
   int64_t length;
+  bool past_caches;
 };
 
 // IPOT on features, or on `cost` where it is given.

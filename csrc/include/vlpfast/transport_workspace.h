@@ -6,7 +6,8 @@ namespace vlpfast::VLPFAST_NAMESPACE {
 // A thread's memory: enough for the largest problem of the batch.
 struct Workspace {
   Workspace(int64_t max_m, int64_t max_n, int64_t dim)
-      : x(dim > 0 ? max_m : 0, dim), y(dim > 0 ? max_n : 0, dim), mixed(kTileRows * padded(dim)),
+      : x(dim > 0 ? max_m : 0, dim), y(dim > 0 ? max_n : 0, dim), mixed(kMixedRows * padded(dim)),
+        weight(dim > 0 ? max_m * padded(max_n) : 0), along(std::max(max_m, padded(max_n))),
         similarity(max_m * padded(max_n)), scaling(max_m, max_n), log(max_m, max_n), f(max_m),
         g(padded(max_n)), last(max_m) {}
 
@@ -20,7 +21,9 @@ struct Workspace {
 
   Valid rows, columns;
   Rows x, y;
-  Buffer<float> mixed;
+  Buffer<float> mixed;       // (kMixedRows, D)
+  Buffer<float> weight;      // (m, ld)
+  Buffer<float> along;       // (m,) or (ld,)
   Buffer<float> similarity;  // (m, ld): C = offset - similarity
   Scaling scaling;
   LogDomain log;
@@ -75,11 +78,15 @@ VLPFAST_INLINE void gather_cost(Workspace& w, const float* cost, int64_t num_tar
   }
 }
 
-VLPFAST_INLINE void gather_plan(Workspace& w, const float* plan, int64_t num_targets) {
-  const int64_t m = w.rows.size(), ld = padded(w.columns.size());
+// (m, ld), 0 on padding, where the kernel would lie.
+VLPFAST_INLINE float* gather_plan(Workspace& w, const float* plan, int64_t num_targets) {
+  const int64_t m = w.rows.size(), n = w.columns.size(), ld = padded(n);
   for (int64_t i = 0; i < m; ++i) {
-    gather_row(w.columns, plan + w.rows.index[i] * num_targets, 1, w.similarity + i * ld);
+    float* to = w.scaling.kernel + i * ld;
+    gather_row(w.columns, plan + w.rows.index[i] * num_targets, 1, to);
+    std::fill(to + n, to + ld, 0.0f);
   }
+  return w.scaling.kernel;
 }
 
 // sum_ij C_ij plan_ij
