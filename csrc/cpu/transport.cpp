@@ -13,9 +13,6 @@
 #include <optional>
 #include <tuple>
 #include <utility>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "vlpfast/checks.h"
 #include "vlpfast/huge_pages.h"
