@@ -111,35 +111,56 @@ VLPFAST_INLINE void each_vector(const Scaling& s, Visit visit) {
 // What becomes of P first: nothing; A P (a step); A left P right.
 enum class Update { kNone, kStep, kRebase };
 
+// What a sweep loads and stores at a time. Half of a register for AVX-512: Zen 4 writes 64 bytes to
+// L1 in two vectors of 32 faster than in one of 64, and the rest of a sweep is as fast either way.
+typedef std::conditional_t<kLanes == 16, HalfVec, Vec> Piece;
+typedef std::conditional_t<kLanes == 16, UnalignedHalfVec, UnalignedVec> UnalignedPiece;
+constexpr int kPiece = sizeof(Piece) / sizeof(float), kPieces = kLanes / kPiece;
+
+VLPFAST_INLINE Piece load_piece(const float* p) {
+  return *reinterpret_cast<const UnalignedPiece*>(p);
+}
+VLPFAST_INLINE void store_piece(float* p, Piece v) { *reinterpret_cast<UnalignedPiece*>(p) = v; }
+
+// `first`: no other block of this sweep came before.
 template <int V, Update update>
-VLPFAST_INLINE void sweep_block(const Scaling& s, int64_t j0) {
-  Vec right[V], sums[V];
-  for (int v = 0; v < V; ++v) {
-    right[v] = load(s.right + j0 + v * kLanes);
-    sums[v] = load(s.outside + j0 + v * kLanes);
+VLPFAST_INLINE void sweep_block(const Scaling& s, int64_t j0, bool is_first) {
+  constexpr int kCount = V * kPieces;
+  Piece right[kCount], sums[kCount];
+  for (int v = 0; v < kCount; ++v) {
+    right[v] = load_piece(s.right + j0 + v * kPiece);
+    sums[v] = load_piece(s.outside + j0 + v * kPiece);
   }
-  float* state = s.state + j0 * s.m;
-  const float* kernel = s.kernel + j0 * s.m;
-  for (int64_t i = 0; i < s.m; ++i, state += V * kLanes, kernel += V * kLanes) {
-    for (int v = 0; v < V; ++v) {
-      Vec p = load(state + v * kLanes);
-      if constexpr (update == Update::kRebase) p *= s.left[i] * right[v];
+  const int64_t m = s.m;
+  float* state = s.state + j0 * m;
+  const float *kernel = s.kernel + j0 * m, *left = s.left, *weight = s.weight;
+  for (int64_t i = 0; i < m; ++i, state += V * kLanes, kernel += V * kLanes) {
+    for (int v = 0; v < kCount; ++v) {
+      Piece p = load_piece(state + v * kPiece);
+      if constexpr (update == Update::kRebase) p *= left[i] * right[v];
       if constexpr (update != Update::kNone) {
-        p *= load(kernel + v * kLanes);
-        store(state + v * kLanes, p);
+        p *= load_piece(kernel + v * kPiece);
+        store_piece(state + v * kPiece, p);
       }
-      sums[v] += s.weight[i] * p;
+      sums[v] += weight[i] * p;
     }
   }
-  for (int v = 0; v < V; ++v) {
-    right[v] = load(s.target_y + j0 + v * kLanes) / sums[v];
-    store(s.right + j0 + v * kLanes, right[v]);
+  for (int v = 0; v < kCount; ++v) {
+    right[v] = load_piece(s.target_y + j0 + v * kPiece) / sums[v];
+    store_piece(s.right + j0 + v * kPiece, right[v]);
   }
-  state = s.state + j0 * s.m;
-  for (int64_t i = 0; i < s.m; ++i, state += V * kLanes) {
-    Vec row_sum = load(s.row_sums + i * kLanes);
-    for (int v = 0; v < V; ++v) row_sum += load(state + v * kLanes) * right[v];
-    store(s.row_sums + i * kLanes, row_sum);
+  static constexpr float kZeros[kLanes] = {};
+  float* row_sums = s.row_sums;
+  const float* before = is_first ? kZeros : row_sums;
+  const int64_t step = is_first ? 0 : kLanes;
+  state = s.state + j0 * m;
+  for (int64_t i = 0; i < m; ++i, state += V * kLanes, row_sums += kLanes, before += step) {
+    Piece sum[kPieces];
+    for (int h = 0; h < kPieces; ++h) sum[h] = load_piece(before + h * kPiece);
+    for (int v = 0; v < kCount; ++v) {
+      sum[v % kPieces] += load_piece(state + v * kPiece) * right[v];
+    }
+    for (int h = 0; h < kPieces; ++h) store_piece(row_sums + h * kPiece, sum[h]);
   }
 }
 
@@ -147,14 +168,13 @@ VLPFAST_INLINE void sweep_block(const Scaling& s, int64_t j0) {
 // sweeps that alternate find much of their matrices there.
 template <Update update>
 VLPFAST_INLINE void sweep(const Scaling& s, bool backward) {
-  for (int64_t i = 0; i < s.m; ++i) store(s.row_sums + i * kLanes, Vec{});
   for (int64_t k = 0; k < s.num_blocks; ++k) {
     const Block block = s.block(backward ? s.num_blocks - 1 - k : k);
     switch ((block.end - block.begin) / kLanes) {
-      case 1: sweep_block<1, update>(s, block.begin); break;
-      case 2: sweep_block<2, update>(s, block.begin); break;
-      case 3: sweep_block<3, update>(s, block.begin); break;
-      default: sweep_block<kBlock, update>(s, block.begin);
+      case 1: sweep_block<1, update>(s, block.begin, k == 0); break;
+      case 2: sweep_block<2, update>(s, block.begin, k == 0); break;
+      case 3: sweep_block<3, update>(s, block.begin, k == 0); break;
+      default: sweep_block<kBlock, update>(s, block.begin, k == 0);
     }
   }
   for (int64_t i = 0; i < padded(s.m); i += kLanes) {
