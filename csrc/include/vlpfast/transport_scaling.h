@@ -46,9 +46,10 @@ struct Block {
   int64_t begin, end;
 };
 
-// Vectors of a block at most: enough sums in flight to hide their latency, and a block of state and
-// kernel in L1 up to 64 rows.
-constexpr int kBlock = 4;
+// Vectors of a block at most, and bytes of its state and kernel: enough sums in flight to hide their
+// latency, few blocks (each takes the sums over rows from memory and back), one block in L1.
+constexpr int kBlock = kLanes == 16 ? 6 : 4;
+constexpr int64_t kBlockBytes = 32 << 10;
 
 struct Scaling {
   Scaling(int64_t max_m, int64_t max_n)
@@ -83,7 +84,9 @@ struct Scaling {
 template <class A, class B>
 VLPFAST_INLINE void begin_scaling(Scaling& s, int64_t m, int64_t n, A a, B b) {
   s.m = m, s.n = n, s.ld = padded(n);
-  s.num_blocks = (s.ld / kLanes + kBlock - 1) / kBlock;
+  const int64_t fitting = kBlockBytes / (2 * m * static_cast<int64_t>(sizeof(Vec)));
+  const int64_t width = std::clamp<int64_t>(fitting, 2, kBlock);
+  s.num_blocks = (s.ld / kLanes + width - 1) / width;
   for (int64_t i = 0; i < padded(m); ++i) {
     // Rows outside have 1 everywhere.
     s.target_x[i] = i < m ? a(i) : 1.0f;
@@ -164,18 +167,21 @@ VLPFAST_INLINE void sweep_block(const Scaling& s, int64_t j0, bool is_first) {
   }
 }
 
+template <int V, Update update>
+VLPFAST_INLINE void sweep_block_of(int64_t width, const Scaling& s, int64_t j0, bool is_first) {
+  if constexpr (V > 1) {
+    if (width < V) return sweep_block_of<V - 1, update>(width, s, j0, is_first);
+  }
+  sweep_block<V, update>(s, j0, is_first);
+}
+
 // Blocks from the last to the first if `backward`: what a sweep touched last is in L1 still, so
 // sweeps that alternate find much of their matrices there.
 template <Update update>
 VLPFAST_INLINE void sweep(const Scaling& s, bool backward) {
   for (int64_t k = 0; k < s.num_blocks; ++k) {
     const Block block = s.block(backward ? s.num_blocks - 1 - k : k);
-    switch ((block.end - block.begin) / kLanes) {
-      case 1: sweep_block<1, update>(s, block.begin, k == 0); break;
-      case 2: sweep_block<2, update>(s, block.begin, k == 0); break;
-      case 3: sweep_block<3, update>(s, block.begin, k == 0); break;
-      default: sweep_block<kBlock, update>(s, block.begin, k == 0);
-    }
+    sweep_block_of<kBlock, update>((block.end - block.begin) / kLanes, s, block.begin, k == 0);
   }
   for (int64_t i = 0; i < padded(s.m); i += kLanes) {
     Vec sums[kLanes];
