@@ -125,6 +125,25 @@ def test_threads_do_not_matter() -> None:
     assert_same(two, one)
 
 
+def test_large_gradients_are_those_of_each_problem() -> None:
+    """Gradients of more than 16 MiB are stored past the caches, of a batch of one as usual; the
+    problems of a large batch are also taken, and read, in advance."""
+    B, M, N, D = 80, 5, 67, 768
+    x, y = make(B, M, D, seed=0).float(), make(B, N, D, seed=1).float()
+    x_mask, y_mask = make(B, M, seed=2) > -1, make(B, N, seed=3) > -1
+    upstream = make(B, seed=4).float()
+    call = lambda rows: with_gradients(
+        lambda x, y: ipot(x, y, x_mask[rows], y_mask[rows], iters=3, impl="cpp").distance,
+        (x[rows], y[rows]),
+        upstream[rows],
+    )
+    (distance,), grads = call(slice(None))
+    assert sum(grad.numel() * 4 for grad in grads) > 16 * 2**20
+    for b in (0, 1, B // 2, B - 1):
+        alone = call(slice(b, b + 1))
+        assert_same((distance[b : b + 1], *(g[b : b + 1] for g in grads)), (*alone[0], *alone[1]))
+
+
 @pytest.mark.parametrize(("impl", "device"), routes("cpp", "cuda"))
 def test_registration_and_poison(impl, device) -> None:
     x, y, x_mask, y_mask = (t.to(device) for t in problem(torch.float32))

@@ -54,13 +54,32 @@ VLPFAST_INLINE void write_gradients(Workspace& w, const FeaturePair& in, const f
   }
 }
 
+// With more problems left, a thread takes the one after its own in advance and looks ahead to it.
+// With fewer, another thread might have none.
+constexpr int64_t kPlenty = 64;
+
+VLPFAST_INLINE void look_ahead(const IpotBatch& batch, int64_t problem, Ahead& ahead) {
+  const int64_t M = batch.in.x.length, N = batch.in.y.length;
+  if (batch.cost != nullptr) {
+    ahead.begin(batch.cost + problem * M * N, M * N * sizeof(float), batch.options.iters);
+  } else {
+    const Source x(batch.in.x, batch.in.dtype, batch.in.dim, problem);
+    ahead.begin(x.row(0), M * x.row_bytes(), batch.options.iters);
+  }
+}
+
 // Takes problems from the counter until none is left.
 inline void solve_ipot(const IpotBatch& batch, std::atomic<int64_t>& next) {
   const int64_t M = batch.in.x.length, N = batch.in.y.length;
   const bool on_features = batch.cost == nullptr;
   const double offset = on_features ? 1 : 0;
   Workspace w(M, N, on_features ? batch.in.dim : 0);
-  for (int64_t b; (b = next.fetch_add(1)) < batch.size;) {
+  for (int64_t b = next.fetch_add(1), after; b < batch.size; b = after) {
+    const bool plenty = batch.size - b > kPlenty;
+    if (plenty) {
+      after = next.fetch_add(1);
+      look_ahead(batch, std::min(after, batch.size - 1), w.ahead);
+    }
     w.gather(batch.in.x.mask, batch.in.y.mask, b, M, N);
     Solved solved{nullptr, 0};
     double distance = 0;
@@ -77,6 +96,7 @@ inline void solve_ipot(const IpotBatch& batch, std::atomic<int64_t>& next) {
     const bool minus = batch.matched != nullptr && !batch.matched[b];
     write_gradients(w, batch.in, solved.plan, minus ? -batch.weight : batch.weight,
                     batch.gradients, b);
+    if (!plenty) after = next.fetch_add(1);
   }
   if (batch.gradients.past_caches) publish_past_caches();
 }

@@ -86,6 +86,7 @@ VLPFAST_INLINE Solved ipot_scaling(Workspace& w, const IpotOptions& o, double of
       steps = 0;
     }
     ++t, ++steps;
+    w.ahead.fetch();
     for (int64_t k = 1; k < o.inner; ++k) {
       keep_left(s);
       sweep<Update::kNone>(s, backward = !backward);

@@ -3,6 +3,23 @@
 
 namespace vlpfast::VLPFAST_NAMESPACE {
 
+// What the next problem reads first, brought towards L2 while this one is iterated on.
+struct Ahead {
+  // Lines of [data, data + num_bytes), a share of them in each of num_steps calls.
+  VLPFAST_INLINE void begin(const void* data, int64_t num_bytes, int64_t num_steps) {
+    next = static_cast<const char*>(data), end = next + num_bytes;
+    step = (num_bytes / std::max<int64_t>(1, num_steps) + kLine) / kLine * kLine;
+  }
+  VLPFAST_INLINE void fetch() {
+    const char* stop = std::min(end, next + step);
+    for (; next < stop; next += kLine) __builtin_prefetch(next, 0, 2);
+  }
+
+  static constexpr int64_t kLine = 64;
+  const char *next = nullptr, *end = nullptr;
+  int64_t step = 0;
+};
+
 // A thread's memory: enough for the largest problem of the batch.
 struct Workspace {
   Workspace(int64_t max_m, int64_t max_n, int64_t dim)
@@ -20,6 +37,7 @@ struct Workspace {
   }
 
   Valid rows, columns;
+  Ahead ahead;
   Rows x, y;
   Buffer<float> mixed;       // (kMixedRows, D)
   Buffer<float> weight;      // (m, ld)
