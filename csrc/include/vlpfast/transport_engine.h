@@ -18,7 +18,8 @@ VLPFAST_INLINE void take_features(Workspace& w, const FeaturePair& in, int64_t p
   cosines(in, problem, w.rows, w.columns, w.x, w.y, w.similarity);
 }
 
-// Gradients of upstream * distance; the plan (m, ld) is of the valid rows and columns, 0 on padding.
+// Gradients of upstream * distance; the plan (m, ld) is of the valid rows and columns, 0 on
+// padding.
 VLPFAST_INLINE void write_gradients(Workspace& w, const FeaturePair& in, const float* plan,
                                     float upstream, const Gradients& out, int64_t problem) {
   const int64_t m = w.rows.size(), n = w.columns.size(), ld = padded(n);

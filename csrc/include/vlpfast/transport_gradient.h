@@ -102,7 +102,8 @@ VLPFAST_INLINE int mix_rows(const Mixture& tile, int64_t left, int64_t ld) {
 }
 
 // The gradient in the rows of one side, 0 where a row is not valid: weights T_rk / |other_k| at
-// weight[r * row_step + k * step], along_r = sum_k T_rk S_rk / |own_r|. `room` holds kMixedRows rows.
+// weight[r * row_step + k * step], along_r = sum_k T_rk S_rk / |own_r|, 0 if the norm is clamped.
+// `room` holds kMixedRows rows.
 inline void feature_gradient(const float* weight, int64_t row_step, int64_t step, const Rows& own,
                              const Valid& valid, const Rows& other, int64_t num_other,
                              const float* along, float upstream, float* room,

@@ -46,8 +46,8 @@ struct Block {
   int64_t begin, end;
 };
 
-// Vectors of a block at most, and bytes of its state and kernel: enough sums in flight to hide their
-// latency, few blocks (each takes the sums over rows from memory and back), one block in L1.
+// Vectors of a block at most, and bytes of its state and kernel: enough sums in flight to hide
+// their latency, few blocks (each takes the sums over rows from memory and back), a block in L1.
 constexpr int kBlock = kLanes == 16 ? 6 : 4;
 constexpr int64_t kBlockBytes = 32 << 10;
 
