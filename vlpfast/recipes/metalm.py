@@ -28,17 +28,21 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 700) -> RunConfig:
-    """`tiny`, 128 wide, answers the questions of the embedded data: minutes on one core."""
+def scenes(*, steps: int = 1800) -> RunConfig:
+    """`tiny`, 128 wide, 16 patches an image, on the embedded data: writes captions (the shortest,
+    of shapes and colours) and answers questions, as it is asked: minutes on one core. Two fifths of
+    the samples are captions, as in `pali_scenes`.
+    """
     config = compact("tiny")
-    model = preset_config("metalm", "tiny", context_length=64, vocab_size=512)
+    model = clip.narrow(preset_config("metalm", "tiny", context_length=64, vocab_size=512))
+    tasks = (*("caption",) * 2, *("vqa",) * 3)
     return replace(
         config,
         name="metalm_scenes",
-        model=clip.narrow(model),
-        data=replace(clip.SCENES_DATA, tasks=("vqa",), max_tokens=32),
-        optim=replace(config.optim, lr=1.5e-3, warmup=100),
-        train=replace(config.train, batch_size=64, steps=steps, precision="amp_bf16", threads=1),
+        model=replace(model, vision=replace(model.vision, patch_size=16)),
+        data=replace(clip.SCENES_DATA, tasks=tasks, captions=(2,), max_tokens=32),
+        optim=replace(config.optim, lr=1e-3, warmup=100),
+        train=replace(config.train, batch_size=32, steps=steps, precision="amp_bf16", threads=1),
     )
 
 
