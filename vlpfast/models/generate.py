@@ -17,9 +17,17 @@ from torch import Tensor, nn
 from vlpfast.layers.keys import KeyCache
 from vlpfast.ops.reference.counter import draw, stream, uniform
 from vlpfast.ragged import Ragged
+from vlpfast.rules import check_rules
 
 # Steps between the questions.
 _ASK_EVERY = 4
+# See `vlpfast.rules`.
+_RULES = (
+    "{num_beams must be >= 1}",
+    "{length_penalty must be >= 0}",
+    "{top_p must be in (0, 1]}",
+    "{num_beams must be 1} with [seeds]",
+)
 
 
 @dataclass(frozen=True)
@@ -63,25 +71,18 @@ class SearchOptions:
     cached: bool = True
 
     def __post_init__(self) -> None:
-        if self.num_beams < 1:
-            raise ValueError(f"num_beams must be >= 1, got {self.num_beams}")
+        check_rules(self, _RULES)
         if not 2 <= self.min_tokens <= self.max_tokens:
             raise ValueError(
                 "min_tokens and max_tokens must be 2 <= min_tokens <= max_tokens, got "
                 f"{self.min_tokens} and {self.max_tokens}"
             )
-        if self.length_penalty < 0:
-            raise ValueError(f"length_penalty must be >= 0, got {self.length_penalty}")
         if not 0 <= self.allowed[0] < self.allowed[1]:
             raise ValueError(f"allowed must be 0 <= low < high, got {self.allowed}")
         if self.end_id in self.banned:
             raise ValueError(f"banned must not hold end_id {self.end_id}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_p < 1 and not self.seeds:
             raise ValueError(f"top_p {self.top_p} needs seeds, one for each image, got none")
-        if self.seeds and self.num_beams != 1:
-            raise ValueError(f"num_beams must be 1 with seeds, got {self.num_beams}")
 
 
 @torch.no_grad()

@@ -301,14 +301,9 @@ class VLPModel(Heads):
             seed: keys dropout in training.
         """
         self._need("a text decoder")
-        if self.config.fusion.kind == "seq2seq":
-            return decode_after_source(
-                self.text, self.fusion, text, keys, kv_index, prompt, tokens, cache, seed
-            )
-        if self.config.fusion.kind != "cross":
-            return decode_in_sequence(
-                self.text, self.fusion, text, keys, kv_index, prompt, tokens, cache, seed
-            )
+        if (kind := self.config.fusion.kind) != "cross":
+            decode = decode_after_source if kind == "seq2seq" else decode_in_sequence
+            return decode(self.text, self.fusion, text, keys, kv_index, prompt, tokens, cache, seed)
         if prompt is not None:
             raise ValueError(f"preset {self.config.preset!r} writes captions: it takes no prompt")
         if self.decoder is not None:
