@@ -116,9 +116,9 @@ enum class Update { kNone, kStep, kRebase };
 
 // What a sweep loads and stores at a time. Half of a register for AVX-512: Zen 4 writes 64 bytes to
 // L1 in two vectors of 32 faster than in one of 64, and the rest of a sweep is as fast either way.
-typedef std::conditional_t<kLanes == 16, HalfVec, Vec> Piece;
-typedef std::conditional_t<kLanes == 16, UnalignedHalfVec, UnalignedVec> UnalignedPiece;
-constexpr int kPiece = sizeof(Piece) / sizeof(float), kPieces = kLanes / kPiece;
+constexpr int kPiece = kLanes == 16 ? kLanes / 2 : kLanes, kPieces = kLanes / kPiece;
+typedef float Piece __attribute__((vector_size(4 * kPiece)));
+typedef Piece UnalignedPiece __attribute__((aligned(4), may_alias));
 
 VLPFAST_INLINE Piece load_piece(const float* p) {
   return *reinterpret_cast<const UnalignedPiece*>(p);
