@@ -26,14 +26,16 @@ def compact(size: str) -> RunConfig:
 
 
 def scenes(*, steps: int = 400) -> RunConfig:
-    """`tiny` on the embedded data, as many cells as `x_lxmert_scenes` has: minutes on one core."""
+    """`tiny` on the embedded data, as many cells as `x_lxmert_scenes` has (4 x 4 of images of
+    32 px): minutes on one core.
+    """
     config = compact("tiny")
     model = preset_config("kmeans", "tiny", context_length=64, vocab_size=512)
     text = replace(model.text, dim=128, heads=4)
     return replace(
         config,
         name="kmeans_scenes",
-        model=replace(model, text=text),
+        model=replace(model, image_size=32, text=text),
         data=clip.SCENES_DATA,
         optim=replace(config.optim, lr=1.5e-3, warmup=50),
         train=replace(config.train, batch_size=32, steps=steps, precision="amp_bf16", threads=1),
