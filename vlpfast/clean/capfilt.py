@@ -6,24 +6,25 @@ Source: Li et al. 2022 (BLIP), section 3.3, arXiv:2201.12086.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from vlpfast.clean.score import (
+from vlpfast.clean.shards import (
     batches,
+    check_places,
     data_config,
     file_sha256,
-    own_device,
     progress_bar,
     unfinished,
 )
 from vlpfast.data.batch import Batch
+from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index
 from vlpfast.data.loader import open_index
 from vlpfast.data.recaptions import captions_in, finish_captions, write_captions
@@ -33,7 +34,18 @@ from vlpfast.eval.pairs import Metric, check_metric, pair_scores
 from vlpfast.models.presets import missing
 from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
+from vlpfast.rules import check_rules
+from vlpfast.train.distributed import local_device
 
+# See `vlpfast.rules`.
+_RULES = (
+    "{min_tokens must be >= 2}",
+    "{max_tokens must be >= 0}",
+    "{seed must be >= 0}",
+    "{batch_size must be >= 1}",
+    "{pairs_per_call must be >= 1}",
+    "{top_p must be in (0, 1]}",
+)
 # Of a run's data, what decides how an image is shown; runs that agree share its decoding.
 _SHOWN = ("regions", "eval_crop", "max_aspect", "size_multiple", "interpolation", "loader")
 
@@ -69,19 +81,8 @@ class CapFiltOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("min_tokens", 2),
-            ("max_tokens", 0),
-            ("seed", 0),
-            ("batch_size", 1),
-            ("pairs_per_call", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if any(place < 0 for place in self.captions):
-            raise ValueError(f"captions must be places >= 0, got {self.captions}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        check_rules(self, _RULES)
+        check_places(self.captions)
 
 
 def capfilt(
@@ -116,8 +117,8 @@ def capfilt(
         ValueError: a model cannot do its part, or `out` has something else.
     """
     options, files = options or CapFiltOptions(), captions_in(out)
-    captioner = load_run(captioner_dir, device=own_device(device))
-    judge = load_run(filter_dir, device=own_device(device))
+    captioner = load_run(captioner_dir, device=local_device(device))
+    judge = load_run(filter_dir, device=local_device(device))
     check_metric(options.metric, judge.model.config, judge.objectives)
     options = replace(
         options,
@@ -125,7 +126,8 @@ def capfilt(
         captions=options.captions or judge.data.captions,
     )
     _check_captioner(captioner, options)
-    index = open_index(data_config(judge.data, data))
+    configs = [data_config(run.data, data) for run in (captioner, judge)]
+    index = open_index(configs[1])
     made_by = {
         "metric": options.metric,
         "min_score": options.min_score,
@@ -142,7 +144,7 @@ def capfilt(
         "weights_sha256": file_sha256(judge.weights),
     }
     files.begin(index, made_by)
-    work = CapFilt(captioner, judge, index, data, options)
+    work = CapFilt(captioner, judge, index, configs, options)
     mine = unfinished(files, index)
     with progress_bar("capfilt", index, mine, options.progress) as bar:
         for part in mine:
@@ -170,19 +172,20 @@ def _check_captioner(run: LoadedRun, options: CapFiltOptions) -> None:
 
 
 class CapFilt:
-    """Writes and filters captions of one part after the other."""
+    """Writes and filters captions of one part after the other; `configs` are how captioner and
+    filter read the data.
+    """
 
     def __init__(
         self,
         captioner: LoadedRun,
         judge: LoadedRun,
         index: Index,
-        data: str | Path,
+        configs: Sequence[DataConfig],
         options: CapFiltOptions,
     ) -> None:
-        self.captioner, self.judge = captioner, judge
+        self.captioner, self.judge, self.configs = captioner, judge, configs
         self.index, self.options = index, options
-        self.configs = [data_config(run.data, data) for run in (captioner, judge)]
 
     def lines(self, part: Part, corrupt: dict[str, str], bar: tqdm) -> Iterator[dict[str, object]]:
         """What `recaptions.write_captions` takes: one line for each row of a part."""
@@ -192,10 +195,10 @@ class CapFilt:
             rows = chosen.rows_of(shown.sample_ids.numpy())
             lines = self.batch_lines(chosen, shown, judged)
             for own, line in zip(rows.tolist(), lines, strict=True):
-                yield from (_NOTHING for _ in range(row, own))
+                yield from repeat(_NOTHING, own - row)
                 yield line
                 row = own + 1
-        yield from (_NOTHING for _ in range(row, part.last))
+        yield from repeat(_NOTHING, part.last - row)
 
     def _batches(
         self, chosen: Index, corrupt: dict[str, str], bar: tqdm

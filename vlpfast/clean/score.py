@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,14 +11,31 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vlpfast.clean.shards import (
+    batches,
+    check_places,
+    data_config,
+    file_sha256,
+    progress_bar,
+    unfinished,
+)
 from vlpfast.data.batch import Batch
 from vlpfast.data.config import DataConfig
 from vlpfast.data.index import Index, TokenTable
-from vlpfast.data.loader import make_loader, open_index
+from vlpfast.data.loader import open_index
 from vlpfast.data.scores import finish_scores, scores_in, write_scores
-from vlpfast.data.sidecar import Part, Sidecar, num_parts, part, rows_in
+from vlpfast.data.sidecar import Part, rows_in
 from vlpfast.eval.load import LoadedRun, load_run
 from vlpfast.eval.pairs import Metric, check_metric, sample_scores
+from vlpfast.rules import check_rules
+from vlpfast.train.distributed import local_device
+
+# See `vlpfast.rules`.
+_RULES = (
+    "{batch_size must be >= 1}",
+    "{pairs_per_call must be >= 1}",
+    "{precision must be 'fp32' or 'amp_bf16'}",
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,8 @@ class ScoreOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "pairs_per_call"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if any(place < 0 for place in self.captions):
-            raise ValueError(f"captions must be places >= 0, got {self.captions}")
-        if self.precision not in ("fp32", "amp_bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'amp_bf16', got {self.precision!r}")
+        check_rules(self, _RULES)
+        check_places(self.captions)
 
 
 def score(
@@ -88,7 +95,7 @@ def score(
         ValueError: the model cannot give the metric, or `out` has other scores.
     """
     options, files = options or ScoreOptions(), scores_in(out)
-    run = load_run(run_dir, weights=weights, device=own_device(device))
+    run = load_run(run_dir, weights=weights, device=local_device(device))
     check_metric(options.metric, run.model.config, run.objectives)
     config = data_config(run.data, data)
     options = replace(options, captions=options.captions or run.data.captions)
@@ -149,72 +156,3 @@ class Scorer:
             name = index.name(int(batch.sample_ids[~found.isfinite()][0]))
             raise ValueError(f"{self.run.weights} gives {name} a score that is not finite")
         return found
-
-
-def batches(
-    index: Index,
-    run: LoadedRun,
-    config: DataConfig,
-    batch_size: int,
-    corrupt: dict[str, str],
-    bar: tqdm,
-) -> Iterator[Batch]:
-    """One pass over `index`; names in `corrupt` what cannot be read."""
-    if not len(index):
-        return
-    loader = make_loader(
-        index,
-        config,
-        tokenizer=run.tokenizer,
-        image_size=run.model.config.image_size,
-        batch_size=batch_size,
-        seed=0,
-        train=False,
-    )
-    with contextlib.closing(loader):
-        for batch in loader:
-            if len(batch):
-                yield batch
-            bar.update(len(batch))
-        corrupt.update(loader.corrupt)
-
-
-def data_config(data: DataConfig, path: str | Path) -> DataConfig:
-    """How a run trained on `data` reads the whole of other data, to score it."""
-    return replace(
-        data.unfiltered(),
-        path=str(path),
-        index_dir="",
-        id_key="",
-        tasks=(),
-        answers=0,
-        classes="",
-        cache_gib=0.0,
-    )
-
-
-def unfinished(files: Sidecar, index: Index) -> list[Part]:
-    """The parts of this process, every WORLD_SIZE-th, that are not finished."""
-    rank, world = (int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    own = (part(index, number) for number in range(rank, num_parts(index), world))
-    return [chosen for chosen in own if not files.is_finished(chosen)]
-
-
-def progress_bar(what: str, index: Index, mine: list[Part], progress: bool) -> tqdm:
-    """Progress over the samples of parts."""
-    total = sum(len(rows_in(index, chosen)) for chosen in mine)
-    hidden = not (progress and sys.stderr.isatty())
-    return tqdm(desc=what, total=total, unit="img", disable=hidden)
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def own_device(device: str) -> str:
-    """The device of this of several processes of a machine."""
-    chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if chosen == "cuda" and local is not None else chosen

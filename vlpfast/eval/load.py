@@ -42,7 +42,7 @@ def load_run(
     run_dir: str | Path,
     *,
     weights: str = "latest",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] | torch.device = "auto",
 ) -> LoadedRun:
     """Builds the model of a run folder and loads its weights.
 

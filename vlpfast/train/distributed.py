@@ -97,8 +97,7 @@ def open_world(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Worl
 
     A process group that stands already is used and left standing.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _device(device, local_rank)
+    chosen = local_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     owned = "WORLD_SIZE" in os.environ and not dist.is_initialized()
@@ -114,9 +113,14 @@ def open_world(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Worl
             dist.destroy_process_group()
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def local_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device of this process, among those that torchrun started on its machine.
+
+    Raises:
+        NotImplementedError: a GPU is asked for by name, and there is none.
+    """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise NotImplementedError("train.device='cuda' needs a CUDA GPU, and torch sees none here")
-    return torch.device("cuda", local_rank)
+        raise NotImplementedError("device 'cuda' needs a CUDA GPU, and torch sees none here")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
