@@ -15,7 +15,7 @@ import numpy as np
 
 from vlpfast.data.build import atomic, locked
 from vlpfast.data.index import Index
-from vlpfast.data.sources import containers
+from vlpfast.data.sources import hash_files
 
 # Rows of a part where the source is a table.
 PART_ROWS = 100_000
@@ -70,10 +70,9 @@ def rows_in(index: Index, chosen: Part) -> np.ndarray:
 
 
 def source_sha256(source: Path) -> str:
-    """Hash of the names and sizes of a source's files: a copy of the data is the same data."""
+    """Hash of the names and sizes of a source's files."""
     digest = hashlib.sha256()
-    for path in containers(source):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    hash_files(digest, source)
     return digest.hexdigest()
 
 

@@ -28,7 +28,7 @@ from vlpfast.data.masking import (
 )
 from vlpfast.data.recaptions import captions_in
 from vlpfast.data.scores import scores_in
-from vlpfast.data.sources import containers
+from vlpfast.data.sources import hash_files
 from vlpfast.data.tokenizer import Tokenizer
 from vlpfast.models.load import run_config, start_from
 from vlpfast.models.vlp import VLPModel
@@ -259,6 +259,5 @@ def data_identity(index: Index, config: DataConfig) -> str:
     if config.scores:
         rule = f"{scores_in(config.scores).identity()} {config.min_score} {config.keep_fraction}"
         digest.update(f"{rule}\n".encode())
-    for path in containers(index.source):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    hash_files(digest, index.source)
     return digest.hexdigest()[:16]
