@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import struct
 import tarfile
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from vlpfast.data.scenes.noise import noisy_captions
 from vlpfast.data.scenes.pairs import image_pair
 from vlpfast.data.scenes.render import render
 from vlpfast.data.scenes.siblings import sample_sibling
-from vlpfast.data.scenes.space import HELD_OUT, SPLITS, Split, sample_scene
+from vlpfast.data.scenes.space import HELD_OUT, SPLITS, Scene, Split, sample_scene
 from vlpfast.data.scenes.text import ANSWERS, record
 
 
@@ -89,15 +91,9 @@ def write_shards(
         num_duplicates (samples whose description an earlier one has), held_out (combinations),
         answers (the VQA vocabulary).
     """
-    for name, value in {"num_samples": num_samples, "samples_per_shard": samples_per_shard}.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    for name, value in {"siblings": siblings, "noise": noise}.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a share in [0, 1], got {value}")
-    if siblings and num_samples % 2:
-        raise ValueError(f"num_samples: expected an even number with siblings, got {num_samples}")
+    _check(num_samples, samples_per_shard, siblings, noise)
     sample = functools.partial(sample_sibling, share=siblings) if siblings else sample_scene
+    fields_of = functools.partial(_fields, noise=noise, num_samples=num_samples, sample=sample)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(f"{split}-??????.tar"):
@@ -110,21 +106,11 @@ def write_shards(
     steps = iter(numbers)
     for shard, start in enumerate(range(0, num_samples, samples_per_shard)):
         path = folder / f"{split}-{shard:06d}.tar"
-        partial = path.with_suffix(".tar.partial")
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for _ in range(min(samples_per_shard, num_samples - start)):
-                number = next(steps)
-                scene = sample(seed, split, number)
-                seen.add(scene.image_id)
-                _add(tar, f"{number:09d}.png", encode_png(render(scene, image_size)))
-                fields = record(scene)
-                if noise:
-                    captions = noisy_captions(scene, noise, num_samples, sample=sample)
-                    fields |= {"noisy": captions is not None}
-                    fields |= {"captions": captions} if captions else {}
-                    num_noisy += captions is not None
-                _add(tar, f"{number:09d}.json", _json(fields))
-        partial.replace(path)
+        count = min(samples_per_shard, num_samples - start)
+        scenes = (sample(seed, split, number) for number in itertools.islice(steps, count))
+        ids, noisy = _write_shard(path, scenes, fields_of, image_size)
+        seen |= ids
+        num_noisy += noisy
         shards.append(path.name)
     next(steps, None)  # lets the bar close
     if num_pairs:
@@ -148,6 +134,48 @@ def write_shards(
     }
     (folder / f"{split}.info.json").write_bytes(_json(summary))
     return summary
+
+
+def _check(num_samples: int, samples_per_shard: int, siblings: float, noise: float) -> None:
+    for name, value in {"num_samples": num_samples, "samples_per_shard": samples_per_shard}.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    for name, value in {"siblings": siblings, "noise": noise}.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a share in [0, 1], got {value}")
+    if siblings and num_samples % 2:
+        raise ValueError(f"num_samples: expected an even number with siblings, got {num_samples}")
+
+
+def _fields(
+    scene: Scene, *, noise: float, num_samples: int, sample: Callable[[int, Split, int], Scene]
+) -> dict[str, object]:
+    """The record of a scene; with noise it says whether it has another's captions."""
+    fields = record(scene)
+    if not noise:
+        return fields
+    captions = noisy_captions(scene, noise, num_samples, sample=sample)
+    return fields | {"noisy": captions is not None} | ({"captions": captions} if captions else {})
+
+
+def _write_shard(
+    path: Path,
+    scenes: Iterable[Scene],
+    fields_of: Callable[[Scene], dict[str, object]],
+    image_size: int,
+) -> tuple[set[int], int]:
+    """Writes one shard; the ids of its scenes, and how many are noisy."""
+    ids, num_noisy = set(), 0
+    partial = path.with_suffix(".tar.partial")
+    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for scene in scenes:
+            fields = fields_of(scene)
+            ids.add(scene.image_id)
+            num_noisy += fields.get("noisy", False)
+            _add(tar, f"{scene.number:09d}.png", encode_png(render(scene, image_size)))
+            _add(tar, f"{scene.number:09d}.json", _json(fields))
+    partial.replace(path)
+    return ids, num_noisy
 
 
 def _json(value: object) -> bytes:
