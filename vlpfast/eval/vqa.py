@@ -174,9 +174,12 @@ def _encode_once(model: VLPModel, batch: Batch, index: Index) -> tuple[object, T
     """
     sources = [index, index.second] if index.has_pairs else [index]
     files = [source.name(i) for source in sources for i in batch.sample_ids.tolist()]
-    known: dict[str, int] = {}
-    numbers = [known.setdefault(file, len(known)) for file in files]
-    first = torch.tensor([files.index(file) for file in known])
+    places: dict[str, int] = {}
+    for place, file in enumerate(files):
+        places.setdefault(file, place)
+    known = {file: number for number, file in enumerate(places)}
+    numbers = [known[file] for file in files]
+    first = torch.tensor(list(places.values()))
     images = batch.visual(model.config.vision.front)[first].to(model.device)
     keys = model.image_keys(model.encode_image(images).tokens)
     return keys, torch.tensor(numbers).unflatten(0, (len(sources), -1))
