@@ -49,12 +49,12 @@ def operators(events: Sequence[FunctionEvent], steps: int, *, on_device: bool) -
     """Operators of a step by their own time, the longest first. Nodes of the backward and what runs
     in Python count under the operator or function they are named after.
     """
-    owners = _owners(events)
     calls: dict[str, int] = defaultdict(int)
     times: dict[str, float] = defaultdict(float)
     flops: dict[str, float] = defaultdict(float)
     for event in events:
-        if event.name.startswith(PREFIX) or _place(event, owners) is None:
+        # Whose part it is does not matter, but whether it is of a step.
+        if event.name.startswith(PREFIX) or _place(event, {}) is None:
             continue
         name = event.name.removeprefix(_NODE)
         own = event.self_device_time_total if on_device else event.self_cpu_time_total

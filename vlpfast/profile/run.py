@@ -15,9 +15,18 @@ from vlpfast.data.batch import Batch
 from vlpfast.profile import places
 from vlpfast.profile.marks import REST, mark, marked, modules_marked, optimizer_marked
 from vlpfast.profile.report import StepProfile, plot_parts
+from vlpfast.rules import check_rules
 from vlpfast.train.config import RunConfig
 from vlpfast.train.loop import Trainer
 from vlpfast.train.run import open_trainer
+
+# See `vlpfast.rules`.
+_RULES = (
+    "{warmup must be >= 0}",
+    "{timed must be >= 1}",
+    "{recorded must be >= 1}",
+    "{depth must be >= 1}",
+)
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,7 @@ class ProfileOptions:
     depth: int = 3
 
     def __post_init__(self) -> None:
-        least = {"warmup": 0, "timed": 1, "recorded": 1, "depth": 1}
-        for name, at_least in least.items():
-            if getattr(self, name) < at_least:
-                raise ValueError(f"{name} must be >= {at_least}, got {getattr(self, name)}")
+        check_rules(self, _RULES)
 
 
 def profile(config: RunConfig, out: Path, options: ProfileOptions | None = None) -> StepProfile:
