@@ -35,7 +35,7 @@ def run_distributed(function: Callable, world_size: int, *args: object) -> list:
         except mp.ProcessRaisedException as error:
             # The first one noticed may have failed because another one had left.
             texts = [path.read_text() for path in sorted(Path(folder).glob("rank*.txt"))]
-            raise RuntimeError("\n".join(texts)) from error
+            raise RuntimeError("\n".join(texts) or str(error)) from error
         return [torch.load(_result(folder, rank)) for rank in range(world_size)]
 
 
