@@ -57,7 +57,7 @@ _MAIN = ("albef_scenes", "albef_scenes_long", "albef_scenes_swaps", "clip_emoji"
 _SYSTEMS = ("albef", "clip")
 # In docs/cleaning.md alone: runs on noisy data, on what filters kept of it, and the filters.
 _CLEANING = (
-    *("flip_noisy", "flip_kept", "flip_true_pairs"),
+    *("flip_noisy", "flip_kept"),
     *("flip_web", "flip_capfilt", "flip_filtered"),
     *("albef_filter", "blip_captioner"),
 )
