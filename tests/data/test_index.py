@@ -218,6 +218,52 @@ def test_cut_tar(tmp_path, keep):
         assert index.captions(i) == ["text"]
 
 
+_LOST = {
+    "damaged_header": (lambda tar, at: tar[:at] + b"\xff" * 8 + tar[at + 8 :], "damaged or cut"),
+    "cut_header": (lambda tar, at: tar[: at + 100], "damaged or cut"),
+    "no_end_marker": (lambda tar, at: tar[:at], "without an end marker"),
+    "zero_block": (lambda tar, at: tar[:at] + bytes(512) + tar[at:], "behind the end marker"),
+    "concatenated": (lambda tar, at: tar[:at] + bytes(10240) + tar, "behind the end marker"),
+}
+
+
+@pytest.mark.parametrize("kind", list(_LOST))
+def test_lost_members_are_named(tmp_path, kind):
+    """What tarfile takes for the end of an archive, though samples lie behind it."""
+    damage, reason = _LOST[kind]
+    members = [m for i in range(3) for m in ((f"{i}.jpg", JPEG), (f"{i}.txt", b"text"))]
+    path = write_tar(tmp_path / "x.tar", members)
+    with tarfile.open(path) as tar:
+        offset = tar.getmember("1.jpg").offset
+    damaged = damage(path.read_bytes(), offset)
+    path.write_bytes(damaged)
+    index = Index.open(path)
+    assert index.num_samples == 1
+    assert list(index.invalid) == ["x.tar"]
+    assert f"beyond byte {offset} of {len(damaged)}" in index.invalid["x.tar"]
+    assert reason in index.invalid["x.tar"]
+
+
+@pytest.mark.parametrize("num_zeros", [512, 1024, 10240, 3 * 2**20])
+def test_end_of_tar(tmp_path, num_zeros):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", JPEG), ("0.txt", b"text")])
+    with tarfile.open(path) as tar:
+        end = (tar.getmember("0.txt").offset_data // 512 + 1) * 512
+    path.write_bytes(path.read_bytes()[:end] + bytes(num_zeros))
+    index = Index.open(path)
+    assert (index.num_samples, index.invalid) == (1, {})
+
+
+def test_cut_text_is_named(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", JPEG), ("0.txt", b"a longer text")])
+    with tarfile.open(path) as tar:
+        end = tar.getmember("0.txt").offset_data + 8
+    path.write_bytes(path.read_bytes()[:end])
+    index = Index.open(path, allow_empty=True)
+    assert index.num_samples == 0
+    assert "inside a text" in index.invalid["0.jpg"]
+
+
 def test_not_a_tar(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"nonsense" * 200)
     with pytest.raises(ValueError, match=r"x.tar: no valid sample.*cannot be read"):

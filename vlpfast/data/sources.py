@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from vlpfast.data import vqa_files
 
@@ -272,12 +273,38 @@ def _iter_shard(shard: Path, container: int, need_captions: bool) -> Iterator[So
                 elif extension.lower() in ("txt", "json"):
                     file.seek(member.offset_data)
                     texts[extension.lower()] = file.read(member.size)
+                    if member.offset_data + member.size > end:
+                        reason = f"shard is cut at byte {end}, inside a text of this sample"
+                        row = SourceRow(row.name if row else member.name, problem=reason)
             if stem is not None:
                 yield finish(row, texts, stem)
+            if reason := _after_members(file, tar.offset):
+                yield SourceRow(
+                    shard.name,
+                    problem=f"shard cannot be read beyond byte {tar.offset} of {end}: {reason}",
+                )
     except tarfile.TarError as error:
         if stem is not None:
             yield finish(row, texts, stem)
         yield SourceRow(shard.name, problem=f"shard cannot be read to its end: {error}")
+
+
+def _after_members(file: BinaryIO, offset: int) -> str:
+    """Why the members of a tar do not end at `offset`; empty if they do.
+
+    For tarfile a damaged header, a lone block of zeros and the end of the file are an end, too.
+    """
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        return "the member header there is damaged or cut"
+    # Tools pad differently: one block of zeros is the least that an archive ends with.
+    if len(block) < tarfile.BLOCKSIZE:
+        return "it is cut there, without an end marker"
+    while chunk := file.read(2**20):
+        if chunk.strip(b"\0"):
+            return "there is data behind the end marker (archives end to end?)"
+    return ""
 
 
 def _shard_row(
