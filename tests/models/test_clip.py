@@ -92,3 +92,10 @@ def test_conversion_names_foreign_weights(pair):
     _, theirs = pair
     with pytest.raises(ValueError, match="CLIPModel"):
         clip_state_dict({**theirs.state_dict(), "stranger": torch.zeros(1)})
+
+
+def test_images_in_floats_are_refused():
+    """Of 0 to 1 they would be black, and nothing would say so."""
+    model = create_model("clip", vocab_size=50, image_size=16)
+    with pytest.raises(TypeError, match=r"images must be uint8 in 0\.\.255 .*got float32"):
+        model.encode_image(torch.rand(2, 16, 16, 3))

@@ -243,8 +243,8 @@ class Block(nn.Module):
     MLP before the cross-attention.
 
     The state that passes between blocks is (branch, residual): the last branch's output, not yet
-        added, and the sum of all
-    before it, so that sum and norm are one op. A post-norm block leaves the branch empty (None).
+    added, and the sum of all before it, so that sum and norm are one op. A post-norm block leaves
+    the branch empty (None).
     `drop_path` is the probability with which a sample goes without a branch, in training.
     """
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from vlpfast.layers.block import Block, Layout, Mlp, ResidualNorm, attend
+from vlpfast.layers.recompute import run
 from vlpfast.models.config import FusionConfig, StackConfig
 from vlpfast.models.fusion import ConcatTower
 from vlpfast.models.outputs import FusedOutput
@@ -164,7 +165,7 @@ class CoTower(nn.Module):
         )
         for number, layer in enumerate(self.layers):
             first = reads if number == 0 else None
-            streams = layer(*streams, first, fold_seed(seed, number))
+            streams = run(layer, *streams, first, fold_seed(seed, number))
         words, places = (
             s.residual if self.norms is None else norm(s.branch, s.residual, fold_seed(seed, -1))[0]
             for s, norm in zip(streams, self.norms or (None, None), strict=True)

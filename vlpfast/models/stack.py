@@ -13,6 +13,7 @@ from vlpfast.layers.block import Block, CrossKeys, Layout, Leaving, ResidualNorm
 from vlpfast.layers.drop_path import path_rates
 from vlpfast.layers.experts import Modality, PairLayout, Streams
 from vlpfast.layers.moe import MoeBlock
+from vlpfast.layers.recompute import run
 from vlpfast.models.config import StackConfig
 from vlpfast.ops.seed import fold_seed
 
@@ -73,7 +74,7 @@ def run_blocks(
         keys = () if read is None else (read(number),)
         ends = leaving is not None and number == first + len(blocks) - 1
         options = {"leaving": leaving} if ends else {}
-        state = block(*state, here, *keys, seed=fold_seed(seed, number), **options)
+        state = run(block, *state, here, *keys, seed=fold_seed(seed, number), **options)
     return state
 
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vlpfast.images import Images
+from vlpfast.layers.block import Block
+from vlpfast.layers.experts import ExpertBlock
 from vlpfast.layers.keys import KeyCache
-from vlpfast.models.co import CoTower
+from vlpfast.models.co import CoLayer, CoTower
 from vlpfast.models.config import ModelConfig, TextConfig
 from vlpfast.models.encoders import CnnTower, GruTower
 from vlpfast.models.experts import ExpertTower
@@ -72,6 +74,16 @@ class VLPModel(Heads):
             if tower is not None:
                 init_tower(tower, self.config.fusion)
         self.init_heads()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether each block keeps its inputs alone in training and runs again in the backward: of
+        a stack's memory one block's activations remain, for about a third more time.
+
+        Dropout is a function of seeds, so losses and gradients are the same to the bit.
+        """
+        for module in self.modules():
+            if isinstance(module, Block | ExpertBlock | CoLayer):
+                module.recomputes = enable
 
     @property
     def has_fusion(self) -> bool:
@@ -134,6 +146,11 @@ class VLPModel(Heads):
                 )
         elif not wants_regions and images.shape[1:] != (side, side, 3):
             raise ValueError(f"images must be (B, {side}, {side}, 3), got {tuple(images.shape)}")
+        elif not wants_regions and images.dtype != torch.uint8:
+            raise TypeError(
+                "images must be uint8 in 0..255 (the model normalises them), got "
+                f"{str(images.dtype).removeprefix('torch.')}"
+            )
         class_head = None
         if hidden is None:
             options = self._pooled_only(self.vision, with_tokens or num_embedded == 0)
