@@ -76,6 +76,23 @@ def test_train_resume_eval(train, scenes, capsys):
     assert "chance" in capsys.readouterr().out
 
 
+def test_epochs_in_place_of_steps(train, capsys):
+    assert train("--epochs=0.5") == 0
+    assert "done: 3 steps" in capsys.readouterr().out
+
+
+def test_one_data_set(train, capsys):
+    assert train("--steps=1", "--data=elsewhere") == 2
+    assert error_of(capsys).startswith("--data is given twice")
+
+
+def test_resume_with_another_model(train, capsys):
+    assert train("--steps=2") == 0
+    capsys.readouterr()
+    assert train("--steps=3", "--model.text.depth=2", "--resume=latest") == 1
+    assert "changed: model.text.depth: 1 -> 2" in error_of(capsys)
+
+
 def test_stopped_run_ends_as_the_whole_one(train, tmp_path):
     """The real step, loader and masking: teacher, queue, negatives and masks resume to the bit."""
     folders = {}

@@ -78,7 +78,9 @@ class Stream:
         pass
 
 
-def make_trainer(world: World, folder: str, *, accum_freq=1, poison_rank=-1, **train) -> Trainer:
+def make_trainer(
+    world: World, folder: str, *, accum_freq=1, poison_rank=-1, data="d", **train
+) -> Trainer:
     config = TrainConfig(
         batch_size=GLOBAL_BATCH // world.size // accum_freq,
         accum_freq=accum_freq,
@@ -92,7 +94,7 @@ def make_trainer(world: World, folder: str, *, accum_freq=1, poison_rank=-1, **t
         lambda start: Stream(config, world, start),
         OptimConfig(lr=0.01),
         config,
-        Run("run", Path(folder), 64, {}, {"data": "d"}),
+        Run("run", Path(folder), 64, {}, {"data": data}),
         world,
     )
 
@@ -161,6 +163,15 @@ def failing_main(rank: int, folder: str) -> str:
     return "all failed alike"
 
 
+def other_data(rank: int, folder: str) -> str:
+    with open_world("cpu") as world:
+        try:
+            make_trainer(world, folder, data=f"d{rank}").fit()
+        except ValueError as error:
+            return str(error)
+    return "no error"
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gradient_equals_one_process(tmp_path, world_size):
     expected = first_steps(0, str(tmp_path))
@@ -186,6 +197,11 @@ def test_stop_and_resume(tmp_path):
 def test_every_process_names_the_loss(tmp_path):
     for message in run_distributed(poisoned, 2, str(tmp_path)):
         assert message.startswith("loss 'all' is nan at step 0")
+
+
+def test_processes_with_other_data(tmp_path):
+    for message in run_distributed(other_data, 2, str(tmp_path)):
+        assert message.startswith("processes 0 and 1 differ: data is 'd0' and 'd1'")
 
 
 def test_main_goes_first(tmp_path):

@@ -108,6 +108,17 @@ def test_each_task_has_its_own_temperature(task, scale):
     assert scales == {scale}
 
 
+@pytest.mark.parametrize("tasks", [("itc",), ("mlm",), ("lm", "mlm"), ("mlm", "lm", "classify")])
+def test_idle_scales_are_told(tasks):
+    """What gets no gradient, data-parallel training must know of."""
+    step = step_of(ObjectivesConfig(**{"itc": 0.0, **dict.fromkeys(tasks, 1.0)})).train()
+    out = step(batch_with_classes(), seed=0, step=0)
+    sum(total for total, _ in out.losses.values()).backward()
+    idle = [name for name, p in step.named_parameters() if p.grad is None]
+    assert idle
+    assert step.has_idle_parameters
+
+
 def test_temperatures_are_bounded():
     step = step_of()
     with torch.no_grad():

@@ -39,6 +39,13 @@ def test_files_and_numbers(config, tmp_path):
     assert not config.run_dir.exists()
 
 
+def test_beside_a_run_of_that_name(config, tmp_path):
+    checkpoint = config.run_dir / "checkpoints" / "step_1.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"not read")
+    assert profile(config, tmp_path / "out", ProfileOptions(warmup=0, timed=1, recorded=1)).parts
+
+
 @pytest.mark.parametrize("name", ["warmup", "timed", "recorded", "depth"])
 def test_bad_options(name):
     with pytest.raises(ValueError, match=f"{name} must be >= "):

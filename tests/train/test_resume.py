@@ -26,7 +26,7 @@ def assert_same_state(actual: dict, expected: dict) -> None:
         assert actual[part].keys() == expected[part].keys()
         for name, tensor in expected[part].items():
             torch.testing.assert_close(actual[part][name], tensor, rtol=0, atol=0, msg=name)
-    moments, expected_moments = (s["optimizer"]["state"] for s in (actual, expected))
+    moments, expected_moments = (s["optimizer"]["moments"] for s in (actual, expected))
     for key, state in expected_moments.items():
         for name, tensor in state.items():
             torch.testing.assert_close(moments[key][name], tensor, rtol=0, atol=0)

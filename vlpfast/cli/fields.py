@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from vlpfast.cli.usage import UsageError
+
+if TYPE_CHECKING:
+    from vlpfast.train.config import RunConfig
 
 
 def take_options(flags: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -65,8 +69,21 @@ def full_paths(flags: Sequence[str], config: object) -> list[str]:
         path = (
             fitting[0] if fitting[0].endswith(leaf) else f"{fitting[0].rpartition('.')[0]}.{leaf}"
         )
-        full.append(f"--{path.replace('_', '-')}{equals}{value}")
+        option = f"--{path.replace('_', '-')}"
+        if path == "data.path" and option in (f.partition("=")[0] for f in full):
+            raise UsageError("--data is given twice: a run reads one data set, a file or a folder")
+        full.append(f"{option}{equals}{value}")
     return full
+
+
+def one_length(flags: Sequence[str], config: RunConfig) -> list[str]:
+    """Whole paths that set one of `train.steps` and `train.epochs` unset the recipe's other one."""
+    given = {flag.partition("=")[0] for flag in flags}
+    lengths = {"--train.steps": config.train.steps, "--train.epochs": config.train.epochs}
+    unset = [option for option, value in lengths.items() if value and option not in given]
+    if not given & lengths.keys():
+        return list(flags)
+    return [*flags, *(part for option in unset for part in (option, "0"))]
 
 
 def _nearest_field(name: str, paths: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlpfast.cli.fields import full_paths
+from vlpfast.cli.fields import full_paths, one_length
 from vlpfast.cli.usage import UsageError, parse
 
 
@@ -21,7 +21,7 @@ def recipe_config(command: str, name: str, flags: Sequence[str], description: st
     except ValueError as error:
         raise UsageError(str(error)) from error
     prog, flags = f"vlpfast {command} {name}", full_paths(flags, recipe)
-    config = parse(prog, type(recipe), flags, description, default=recipe)
+    config = parse(prog, type(recipe), one_length(flags, recipe), description, default=recipe)
     if (config.model.preset, config.model.size) != (recipe.model.preset, recipe.model.size):
         raise UsageError(
             "model.preset and model.size belong to the recipe; choose another recipe: "

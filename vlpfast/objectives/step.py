@@ -104,8 +104,8 @@ class PretrainStep(nn.Module):
     @property
     def has_idle_parameters(self) -> bool:
         """Whether a step may leave parameters without a gradient: it trains one of several
-        objectives, or not those of all heads, or one stack whose last states of a modality nothing
-        reads.
+        objectives, or not those of all heads or scales, or one stack whose last states of a
+        modality nothing reads.
         """
         config, model = self.config, self.model
         images, one_stack = model.config.answer_images, model.config.one_stack
@@ -120,7 +120,9 @@ class PretrainStep(nn.Module):
         )
         alone = len(plan.fusion) == 1 and plan.reads_alone
         unread = one_stack and "image" not in plan.embeds and (experts or alone)
-        return bool(config.mix) or unread or idle
+        # A joint space with scales of tasks has one of contrast beside them.
+        scales = {*model.task_scale, "itc"} if model.task_scale else set()
+        return bool(config.mix) or unread or idle or not scales <= config.weights.keys()
 
     def forward(self, batch: Batch, *, seed: int, step: int) -> StepOutput:
         """Losses of one batch.
@@ -184,6 +186,12 @@ class PretrainStep(nn.Module):
         one_stack, over_ranks = self.model.config.one_stack, self.group is not None
         images = self.model.config.answer_images
         plan = Plan.of(config, one_stack=one_stack, over_ranks=over_ranks, images=images)
+        absent = [name for name in plan.texts if getattr(batch, name) is None]
+        if absent:
+            raise ValueError(
+                f"the batch has no {' and no '.join(absent)}, which objectives "
+                f"{', '.join(config.weights)} read; vlpfast.data.masking.mask_text hides words"
+            )
         alpha = config.alpha_at(step)
         kept = self._kept_patches(batch, step)
         return Passes(

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+# For what one process does while all others wait: an index of billions of samples takes hours.
+_MOST_MINUTES = 24 * 60.0
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,14 @@ class World:
         rank: number of this process, 0 writes the run folder.
         size: number of processes.
         device: where this process computes.
+        host: of all processes, where the default group's backend does not serve the host: to wait
+            in, for longer than a backend for devices lets a collective last.
     """
 
     rank: int
     size: int
     device: torch.device
+    host: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -64,31 +70,51 @@ class World:
     def main_first(self, reason: str) -> Iterator[None]:
         """The main process runs the body before all others do (it fills a cache that they read)."""
         if not self.is_main:
-            self.barrier(reason)
+            self.barrier(reason, _MOST_MINUTES)
         try:
             yield
         finally:
             # Also when the body failed: the others then run it, and fail in the same way.
             if self.is_main:
-                self.barrier(reason)
+                self.barrier(reason, _MOST_MINUTES)
 
     def barrier(self, reason: str, minutes: float = 30.0) -> None:
-        """Waits for all processes.
+        """Waits for all processes, on the host.
 
         Raises:
-            RuntimeError: some did not come; says what was waited for, and (gloo) who is missing.
+            RuntimeError: some did not come; says what was waited for, and who is missing.
         """
         if self.size == 1:
             return
         try:
-            if dist.get_backend() == "gloo":
-                dist.monitored_barrier(timeout=datetime.timedelta(minutes=minutes))
-            else:
-                dist.barrier(device_ids=[self.device.index])
+            limit = datetime.timedelta(minutes=minutes)
+            dist.monitored_barrier(group=self.host, timeout=limit)
         except RuntimeError as error:
             raise RuntimeError(
                 f"process {self.rank} waited in vain for {reason}: {error}"
             ) from error
+
+    def check_alike(self, facts: Mapping[str, object]) -> None:
+        """Refuses processes that would train on different things without a word.
+
+        Args:
+            facts: what must be the same on all, by name; short values.
+
+        Raises:
+            ValueError: on every process; names what differs, and one process it differs on.
+        """
+        if self.size == 1:
+            return
+        all_facts = [None] * self.size
+        dist.all_gather_object(all_facts, dict(facts), group=self.host)
+        for rank, other in enumerate(all_facts):
+            odd = [n for n in all_facts[0] if other.get(n) != all_facts[0][n]]
+            if odd:
+                parts = ", ".join(f"{n} is {all_facts[0][n]!r} and {other.get(n)!r}" for n in odd)
+                raise ValueError(
+                    f"processes 0 and {rank} differ: {parts}; all must read the same data, "
+                    "configuration and checkpoint"
+                )
 
 
 @contextlib.contextmanager
@@ -105,7 +131,8 @@ def open_world(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Worl
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         if dist.is_initialized():
-            yield World(dist.get_rank(), dist.get_world_size(), chosen)
+            host = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+            yield World(dist.get_rank(), dist.get_world_size(), chosen, host)
         else:
             yield World(0, 1, chosen)
     finally:

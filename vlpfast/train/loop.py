@@ -24,7 +24,13 @@ from vlpfast.train.config import OptimConfig, TrainConfig
 from vlpfast.train.distributed import World
 from vlpfast.train.ema import Ema
 from vlpfast.train.log import RunLog, Window, log_line
-from vlpfast.train.optim import create_optimizer, param_groups, set_learning_rate
+from vlpfast.train.optim import (
+    create_optimizer,
+    load_moments,
+    moments_by_name,
+    param_groups,
+    set_learning_rate,
+)
 from vlpfast.train.plots import plot_losses
 from vlpfast.train.schedule import learning_rate
 from vlpfast.train.types import (
@@ -127,7 +133,7 @@ class Trainer:
             "global_step": self.step,
             "samples_seen": self.samples_seen,
             "state_dict": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": moments_by_name(self.optimizer, self.module.model),
             "config": dict(run.config),
             "identity": self.identity,
             "loader_state": {"micro_batch": self.step * self.config.accum_freq},
@@ -142,7 +148,7 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continues from what `state_dict` gave."""
         self.module.load_state_dict(state["state_dict"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_moments(self.optimizer, self.module.model, state["optimizer"])
         if self.ema is not None:
             if "state_dict_ema" not in state:
                 raise ValueError(
@@ -161,10 +167,20 @@ class Trainer:
         if path is not None:
             state = checkpoint.load(path)
             checkpoint.check_same(path, state, self.identity)
-            self.load_state_dict(state)
-            self._saved = path
             changes = differences(state["config"], self.run.config)
+            try:
+                self.load_state_dict(state)
+            except (RuntimeError, ValueError) as error:
+                parts = [c for c in changes if c.startswith(("model.", "objectives.", "train."))]
+                reason = str(error).partition("\n")[0]
+                raise ValueError(
+                    f"cannot resume from {path}: {reason} since then changed: "
+                    f"{', '.join(parts) or 'nothing of the model'}"
+                ) from error
+            self._saved = path
             notes = [f"resumed from {path} at step {self.step}", *(f"changed {c}" for c in changes)]
+        alike = {**self.identity, "steps": self.total_steps, "samples": self.run.num_samples}
+        self.world.check_alike({**alike, "step to go on from": self.step})
         self.world.barrier("all processes to read the checkpoint")
         if self.world.is_main:
             folder.mkdir(parents=True, exist_ok=True)

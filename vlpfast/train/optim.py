@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -18,13 +18,13 @@ def decays(name: str, parameter: nn.Parameter, no_decay: Iterable[str] = ()) -> 
     """Whether weight decay acts on a parameter.
 
     Not on vectors and scalars (biases, norm weights, class tokens, the temperature), nor on what is
-    named `bias`, `logit_scale` or one of `no_decay`. Matrices decay, embedding tables and learned
-    positions too.
+    named `...bias`, `logit_scale` or one of `no_decay`. Matrices decay, embedding tables and
+    learned positions too.
 
     Source: open_clip, `open_clip_train/main.py`. timm (so ALBEF) also spares `pos_embed`: name it
     in `no_decay`.
     """
-    if parameter.ndim < 2 or name.rpartition(".")[2] == "bias" or "logit_scale" in name:
+    if parameter.ndim < 2 or name.endswith("bias") or "logit_scale" in name:
         return False
     return not any(part in name for part in no_decay)
 
@@ -102,6 +102,51 @@ def create_optimizer(
             f"optim.optimizer={config.optimizer!r} needs NVIDIA apex ({error}); use 'adamw'"
         ) from error
     return getattr(apex, _APEX[config.optimizer])(groups, **common)
+
+
+def moments_by_name(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, object]:
+    """What `load_moments` takes: the state of each trained parameter of `module` by its name, and
+    how many steps apex's optimizers, which count them by group, have taken.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    moments = {names[id(parameter)]: dict(own) for parameter, own in optimizer.state.items()}
+    steps = max((group.get("step", 0) for group in optimizer.param_groups), default=0)
+    return {"moments": moments, "steps": steps}
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[str, object]
+) -> None:
+    """Each parameter takes up its own moments, however they are grouped; decay, betas and all else
+    of the groups stay as `optimizer` was made.
+
+    Raises:
+        ValueError: names or shapes are others than of the trained parameters; names them.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = {names[id(p)]: p.shape for p in own}
+    moments = state["moments"]
+    found = {
+        name: next(
+            (t.shape for t in m.values() if torch.is_tensor(t) and t.dim()), shapes.get(name)
+        )
+        for name, m in moments.items()
+    }
+    odd = sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
+    if moments and odd:
+        raise ValueError(
+            f"the optimizer's state is not of the parameters that are trained; they differ in "
+            f"{', '.join(odd[:5])}{' and others' if odd[5:] else ''}"
+        )
+    whole = optimizer.state_dict()
+    whole["state"] = {
+        number: moments[names[id(p)]] for number, p in enumerate(own) if names[id(p)] in moments
+    }
+    if state["steps"]:
+        for group in whole["param_groups"]:
+            group["step"] = state["steps"]
+    optimizer.load_state_dict(whole)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -59,6 +59,8 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
         ValueError: parts of the config do not fit each other, the data, or the checkpoint.
         NonFiniteError: a loss or the gradient became NaN or infinite; it names which.
     """
+    # Before the data is read, which may take long.
+    checkpoint.find(config.run_dir, resume)
     with open_trainer(config, resume) as trainer:
         return trainer.fit(resume)
 
@@ -70,7 +72,7 @@ def open_trainer(config: RunConfig, resume: str | None = None) -> Iterator[Train
     """
     if not config.data.path:
         raise ValueError("data.path is not set: name the data with --data PATH")
-    resumes = checkpoint.find(config.run_dir, resume) is not None
+    resumes = resume is not None and checkpoint.find(config.run_dir, resume) is not None
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     with open_world(config.train.device) as world:
@@ -89,6 +91,7 @@ def open_trainer(config: RunConfig, resume: str | None = None) -> Iterator[Train
         if config.train.init and not resumes:
             notes = start_from(model, Path(config.train.init), fresh_parts(config, index))
         freeze(model, config.train.freeze)
+        model.set_grad_checkpointing(config.train.grad_checkpointing)
         step = PretrainStep(model, config.objectives, group, seed=seed)
 
         def open_loader(micro_batch: int) -> Loader:
