@@ -20,6 +20,7 @@ _HOMES = {
     "VLPModel": "vlpfast.models",
     "create_model": "vlpfast.models",
     "list_presets": "vlpfast.models",
+    "load_run": "vlpfast.eval.load",
     "preset_config": "vlpfast.models",
 }
 _PACKAGES = ("data", "eval", "models", "objectives", "ops", "recipes", "train")

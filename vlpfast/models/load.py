@@ -26,7 +26,7 @@ def run_config(folder: Path) -> Mapping[str, object]:
     return json.loads((folder / "config.json").read_text())
 
 
-def load_model(folder: Path, weights: str = "latest") -> tuple[VLPModel, Path]:
+def load_model(folder: str | Path, weights: str = "latest") -> tuple[VLPModel, Path]:
     """The model of a run folder on the CPU, in eval mode, and the file of its weights.
 
     Args:
@@ -37,6 +37,7 @@ def load_model(folder: Path, weights: str = "latest") -> tuple[VLPModel, Path]:
         FileNotFoundError: a file is missing.
         ValueError: configuration and weights do not fit.
     """
+    folder = Path(folder)
     config = run_config(folder)
     try:
         model_config = from_dict(ModelConfig, config["model"], "model")
