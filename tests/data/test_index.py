@@ -3,12 +3,14 @@
 import csv
 import json
 import os
+import struct
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from tests._images import encode, picture, write_jsonl, write_set, write_tar
 from vlpfast.data import index as index_module
@@ -451,3 +453,36 @@ def test_orientation(orientation):
     assert decode_rgb(data).size == (width, height)
     assert (width, height) == ((40, 32) if orientation < 5 else (32, 40))
     assert plain
+
+
+def test_orientation_beside_odd_tags():
+    """Only the orientation is read of the EXIF, and nothing is written from it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "maker"
+    data = encode(picture(6), "JPEG", exif=exif)
+    # The entry of the maker, a string, says that it is an XResolution of another type.
+    odd = data.replace(b"\x0f\x01\x02\x00", b"\x1a\x01\x02\x00", 1)
+    odd = odd if odd != data else data.replace(b"\x01\x0f\x00\x02", b"\x01\x1a\x00\x02", 1)
+    assert odd != data
+    assert inspect(odd, full=True) == inspect(data)
+    assert (np.asarray(decode_rgb(odd)) == np.asarray(decode_rgb(data))).all()
+
+
+def test_exif_that_cannot_be_read():
+    data = encode(picture(6), "JPEG", exif=b"Exif\0\0nonsense" + bytes(20))
+    plain = encode(picture(6), "JPEG")
+    assert inspect(data, full=True) == (40, 32, True)
+    assert (np.asarray(decode_rgb(data)) == np.asarray(decode_rgb(plain))).all()
+
+
+@pytest.mark.parametrize("error", [struct.error, TypeError, AssertionError, IndexError])
+def test_any_error_of_the_decoder_is_a_reason(monkeypatch, error):
+    def load(image):
+        raise error("odd")
+
+    monkeypatch.setattr(JpegImageFile, "load", load)
+    with pytest.raises(ValueError, match=r"^odd$"):
+        decode_rgb(JPEG)
+    with pytest.raises(ValueError, match=r"^does not decode: odd$"):
+        inspect(JPEG, full=True)

@@ -5,25 +5,42 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "linear": Image.Resampling.BILINEAR}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _ORIENTATION = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode_rgb(data: bytes) -> Image.Image:
     """RGB image of any encoded image: EXIF orientation applied, alpha composed on white.
 
     CMYK and palettes are converted by Pillow; 16-bit grey keeps its upper 8 bits; of an animation
-    the first frame is taken. Raises OSError, ValueError or SyntaxError on bytes that are no whole
-    image.
+    the first frame is taken. Raises ValueError with the reason on bytes that are no whole image.
     """
+    try:
+        return _decode_rgb(data)
+    # On damaged bytes Pillow raises errors of many types, struct.error and TypeError among them.
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _decode_rgb(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     image.load()
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    # Not ImageOps.exif_transpose: it writes the EXIF anew, which fails on tags of odd types.
+    if (orientation := _orientation(image)) != 1:
+        image = image.transpose(_TURNS[orientation])
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
@@ -54,19 +71,20 @@ def inspect(data: bytes, *, full: bool = False) -> tuple[int, int, bool]:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         orientation = _orientation(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        transparent = image.has_transparency_data
+    except Exception as error:
         raise ValueError(f"not an image: starts with {data[:8]!r}") from error
     if not _complete(data, image.format):
         raise ValueError(f"truncated {image.format}: its end marker is missing")
-    if full:
-        try:
-            decode_rgb(data)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"does not decode: {error}") from error
     width, height = image.size
     if orientation in _TRANSPOSED:
         width, height = height, width
-    plain = not image.has_transparency_data and (
+    if full:
+        try:
+            width, height = decode_rgb(data).size
+        except ValueError as error:
+            raise ValueError(f"does not decode: {error}") from error
+    plain = not transparent and (
         (image.format == "JPEG" and image.mode in ("RGB", "L"))
         or (image.format in ("PNG", "WEBP", "BMP") and image.mode in ("RGB", "L", "P", "1"))
     )
@@ -95,8 +113,12 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 where there is none."""
     if "exif" not in image.info and image.format != "TIFF":
         return 1
-    value = image.getexif().get(_ORIENTATION, 1)
-    return value if value in range(1, 9) else 1
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    # An EXIF that cannot be read says nothing of how the pixels lie.
+    except Exception:
+        return 1
+    return int(value) if value in range(1, 9) else 1
 
 
 def _complete(data: bytes, format: str | None) -> bool:

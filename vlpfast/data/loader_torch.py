@@ -28,7 +28,7 @@ from vlpfast.ops.seed import fold_seed
 from vlpfast.ragged import Ragged
 
 _MAX_REDRAWS = 16
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+_DECODE_ERRORS = (OSError, ValueError)
 # Pillow keeps RGB in four bytes a pixel.
 _CACHED_BYTES_PER_PIXEL = 4
 
