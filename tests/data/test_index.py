@@ -455,6 +455,23 @@ def test_orientation(orientation):
     assert plain
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "PNG", "TIFF"])
+def test_sizes_agree(format, orientation):
+    """The index's size is the decoded one, wherever a format keeps its orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(6), format, exif=exif)
+    size = (40, 32) if orientation < 5 else (32, 40)
+    assert inspect(data)[:2] == inspect(data, full=True)[:2] == decode_rgb(data).size == size
+    if format == "PNG":
+        start = data.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        last = data.index(b"IEND") - 4
+        late = data[:start] + data[end:last] + data[start:end] + data[last:]
+        assert inspect(late)[:2] == decode_rgb(late).size == size
+
+
 def test_orientation_beside_odd_tags():
     """Only the orientation is read of the EXIF, and nothing is written from it."""
     exif = Image.Exif()

@@ -79,7 +79,7 @@ def inspect(data: bytes, *, full: bool = False) -> tuple[int, int, bool]:
     width, height = image.size
     if orientation in _TRANSPOSED:
         width, height = height, width
-    if full:
+    if full or _turned_late(image, data):
         try:
             width, height = decode_rgb(data).size
         except ValueError as error:
@@ -119,6 +119,15 @@ def _orientation(image: Image.Image) -> int:
     except Exception:
         return 1
     return int(value) if value in range(1, 9) else 1
+
+
+def _turned_late(image: Image.Image, data: bytes) -> bool:
+    """Whether the size after orientation is known only after decoding: an unread PNG's EXIF may lie
+    behind its pixels, and Pillow turns a TIFF by itself, its size before its pixels.
+    """
+    if image.format == "TIFF":
+        return _orientation(image) != 1
+    return image.format == "PNG" and b"eXIf" in data
 
 
 def _complete(data: bytes, format: str | None) -> bool:
