@@ -138,3 +138,11 @@ def test_errors_name_what_is_wrong(albef):
         ValueError, match="'clip' has no fusion tower; presets that have: 'albef', "
     ):
         create_model("clip", vocab_size=50).image_keys(torch.zeros(1, 2, 192))
+
+
+def test_some_fields_of_a_stack():
+    vision = preset_config("clip", vision={"depth": 1, "patch_bias": False}).vision
+    assert (vision.depth, vision.patch_bias) == (1, False)
+    assert vision.dim == preset_config("clip").vision.dim
+    with pytest.raises(ValueError, match=r"unknown model field 'vision\.deph'; did you mean"):
+        preset_config("clip", vision={"deph": 1})

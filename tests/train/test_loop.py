@@ -181,3 +181,26 @@ def test_bf16_autocast_keeps_fp32_weights(tiny):
     assert {p.dtype for p in trainer.parameters} == {torch.float32}
     difference = (weights(trainer) - weights(full)).abs().max()
     assert 0 < difference < 0.02
+
+
+def test_corrupt_samples_are_named_whatever_the_end(tiny):
+    """Each once, by every process, also when the run dies of something else."""
+    loaders: list = []
+    trainer = tiny.trainer(steps=6, log_every_n_steps=1, loaders=loaders)
+
+    def fail(*_: object) -> None:
+        loaders[0].corrupt["b.jpg"] = "cut"
+        if trainer.step == 3:
+            raise RuntimeError("the machine is gone")
+
+    trainer.optimizer.register_step_post_hook(fail)
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        trainer.fit()
+    lines = (tiny.folder / "run" / "corrupt" / "0.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"sample": "b.jpg", "reason": "cut"}]
+
+
+def test_a_cooldown_longer_than_the_run(tiny):
+    optim = OptimConfig(lr_scheduler="const-cooldown", warmup=4, cooldown=20)
+    with pytest.raises(ValueError, match=r"warmup 4 and optim\.cooldown 20 .* 10 steps"):
+        tiny.trainer(optim=optim)

@@ -111,7 +111,7 @@ def rank_queries(
     """Ranks the best relevant candidate of each query; relevant means of equal id.
 
     Counts the candidates that score higher, in blocks of queries: nothing is sorted, and the Q x C
-    scores are never held at once. On several ranks each takes its share of the queries.
+    scores are never held at once.
 
     Args:
         queries (Q, D): embeddings; scores are computed in fp32.

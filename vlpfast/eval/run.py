@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -54,6 +55,8 @@ def evaluate(
         device: "auto" is a GPU where there is one.
         options: fields of `EvalOptions`.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("evaluation is of one process: start it without torchrun")
     registry.find(task)
     settings = EvalOptions(**options)
     run = load_run(run_dir, weights=weights, device=device)

@@ -54,6 +54,7 @@ class OptimConfig:
         _require(self.grad_clip_norm >= 0, "optim.grad_clip_norm", ">= 0", self.grad_clip_norm)
         _require(self.warmup >= 0, "optim.warmup", ">= 0 steps", self.warmup)
         _require(self.cooldown >= 0, "optim.cooldown", ">= 0 steps", self.cooldown)
+        _require(self.cooldown_power > 0, "optim.cooldown_power", "> 0", self.cooldown_power)
         _require(0 <= self.min_lr <= self.lr, "optim.min_lr", "in [0, optim.lr]", self.min_lr)
 
 

@@ -7,6 +7,7 @@ stopped anywhere and resumed ends in the same weights, to the bit (fp32, same nu
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -73,12 +74,21 @@ class Trainer:
         self.open_loader, self.prepare = open_loader, prepare
         self.optim, self.config, self.run, self.world = optim, config, run, world
         self.total_steps = config.total_steps(run.num_samples, world.size)
+        if (
+            optim.lr_scheduler == "const-cooldown"
+            and optim.warmup + optim.cooldown > self.total_steps
+        ):
+            raise ValueError(
+                f"optim.warmup {optim.warmup} and optim.cooldown {optim.cooldown} are more than "
+                f"the run's {self.total_steps} steps"
+            )
         self.global_batch = world.size * config.batch_size * config.accum_freq
         self.optimizer = create_optimizer(param_groups(step.model, optim), optim, world.device)
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         self.step = 0
         self._wanted_stop = self._stopped = ""
         self._saved: Path | None = None
+        self._num_named = 0
 
     @property
     def samples_seen(self) -> int:
@@ -206,7 +216,10 @@ class Trainer:
         module = self.world.wrap(self.module)
         limit_s = 60 * self.config.time_limit_minutes or math.inf
         window, means, began = Window(), {}, time.monotonic()
-        with contextlib.closing(self.open_loader(self.step * self.config.accum_freq)) as loader:
+        with contextlib.ExitStack() as ending:
+            loader = self.open_loader(self.step * self.config.accum_freq)
+            ending.enter_context(contextlib.closing(loader))
+            ending.callback(self._name_corrupt, loader)
             batches = iter(loader)
             while self.step < self.total_steps and not self._stopped:
                 started, cpu = time.monotonic(), time.process_time()
@@ -219,13 +232,27 @@ class Trainer:
                 ending = self.step == self.total_steps or self._stopped
                 if self.step % self.config.log_every_n_steps == 0 or ending:
                     means = self._log(log, window, report)
+                    self._name_corrupt(loader)
                     window = Window()
                 if self.config.save_every and self.step % self.config.save_every == 0:
                     self._save(log)
             if loader.corrupt:
                 names = ", ".join(f"{n} ({r})" for n, r in list(loader.corrupt.items())[:5])
-                log.info(f"skipped {len(loader.corrupt)} corrupt samples: {names}")
+                log.info(
+                    f"skipped {len(loader.corrupt)} corrupt samples here: {names}; all: corrupt/"
+                )
         return means
+
+    def _name_corrupt(self, loader: Loader) -> None:
+        """Adds samples skipped since the last call to corrupt/RANK.jsonl, each with its reason."""
+        new = list(itertools.islice(loader.corrupt.items(), self._num_named, None))
+        if not new:
+            return
+        self._num_named += len(new)
+        path = self.run.folder / "corrupt" / f"{self.world.rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps({"sample": n, "reason": r}) + "\n" for n, r in new)
 
     def take_step(self, module: nn.Module, batches: Iterator[Batch]) -> StepReport:
         """One optimizer step over `accum_freq` micro-batches, with one read from the device."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 
 from vlpfast.config import close_match
@@ -74,6 +74,15 @@ def list_presets() -> list[str]:
     return sorted(_PRESETS)
 
 
+def _check_fields(config: object, names: Iterable[str], prefix: str = "") -> None:
+    """Raises ValueError for the first of `names` that is no field of `config`, a dataclass."""
+    known = [f.name for f in fields(config)]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        hint = close_match(unknown[0], known)
+        raise ValueError(f"unknown model field {prefix + unknown[0]!r}{hint}")
+
+
 def preset_config(
     preset: str,
     size: str = "tiny",
@@ -88,7 +97,8 @@ def preset_config(
         preset: one of `list_presets()`.
         size: "tiny", "small" or "base".
         vocab_size, context_length: of the text tower, where they differ from the preset's.
-        **overrides: other fields of `ModelConfig`.
+        **overrides: other fields of `ModelConfig`; of a stack a whole one, or some of its fields as
+            a dict: `vision={"depth": 6}`.
 
     Raises:
         ValueError: unknown preset, size or field.
@@ -97,11 +107,13 @@ def preset_config(
         raise ValueError(f"unknown preset {preset!r}{close_match(preset, list_presets())}")
     if size not in SIZES:
         raise ValueError(f"size must be one of {list(SIZES)}, got {size!r}")
-    known = [f.name for f in fields(ModelConfig)]
-    unknown = [name for name in overrides if name not in known]
-    if unknown:
-        raise ValueError(f"unknown model field {unknown[0]!r}{close_match(unknown[0], known)}")
-    config = replace(build(preset, size, _PRESETS[preset]), **overrides)
+    config = build(preset, size, _PRESETS[preset])
+    _check_fields(config, overrides)
+    for name, value in overrides.items():
+        if isinstance(value, Mapping):
+            _check_fields(getattr(config, name), value, f"{name}.")
+            overrides[name] = replace(getattr(config, name), **value)
+    config = replace(config, **overrides)
     text = {"vocab_size": vocab_size, "context_length": context_length}
     return replace(
         config, text=replace(config.text, **{k: v for k, v in text.items() if v is not None})
