@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from tests._images import encode, picture, write_jsonl, write_set, write_tar
 from vlpfast.data import index as index_module
-from vlpfast.data.build import stable_id
+from vlpfast.data.build import atomic, locked, stable_id
 from vlpfast.data.decode import decode_rgb, inspect
 from vlpfast.data.index import Index
 from vlpfast.data.tokenizer import Tokenizer
@@ -399,6 +400,46 @@ def test_built_by_one_of_many(tmp_path, monkeypatch):
         sizes = list(pool.map(lambda _: Index.open(path).num_samples, range(4)))
     assert sizes == [20] * 4
     assert len(built) == 1
+
+
+def test_tokens_are_written_by_one_of_many(tmp_path, monkeypatch):
+    index = Index.open(write_set(tmp_path, 20))
+    tokenizer = Tokenizer.train(index.iter_captions(), 300)
+    encoded, encode_all = [], tokenizer.encode
+    monkeypatch.setattr(
+        tokenizer, "encode", lambda *a: (encoded.append(1), time.sleep(0.1), encode_all(*a))[2]
+    )
+    with ThreadPoolExecutor(4) as pool:
+        tables = list(pool.map(lambda _: index.tokens(tokenizer, 12), range(4)))
+    assert len(encoded) == 1
+    assert all(t.values.tolist() == tables[0].values.tolist() for t in tables)
+
+
+def test_temporary_paths_of_equal_processes_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with atomic(tmp_path / "x") as first, atomic(tmp_path / "x") as second:
+        assert first != second
+        first.write_text("1")
+        second.write_text("2")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    targets = ("a", "a.index", "a.index.index")
+    left = {}
+    for target in targets:
+        with atomic(tmp_path / target) as temporary:
+            temporary.write_text("")
+        left[target] = temporary
+        temporary.mkdir()
+        (temporary / "size.npy").write_bytes(b"")
+    with locked(tmp_path / "a.index"):
+        assert left["a.index"].exists(), "new: its writer may live"
+    for path in left.values():
+        os.utime(path, (1, 1))
+    with locked(tmp_path / "a.index"):
+        assert not left["a.index"].exists()
+    assert all(left[target].exists() for target in targets if target != "a.index")
 
 
 # Decoding

@@ -9,7 +9,11 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +42,8 @@ COLUMNS = {
 SECOND = {f"second_{name}": COLUMNS[name] for name in list(COLUMNS)[:6]}
 SECOND_NAMES = "second_names"
 BYTES = ("containers", "names", "captions", "records", "invalid_names", "invalid_reasons")
+# Small files are also written without their lock, in far less time.
+_LEFT_AFTER_S = 600
 _LOG = logging.getLogger("vlpfast.data")
 # Size in bytes, width, height, plain.
 Checked = tuple[int, int, int, bool]
@@ -178,7 +184,10 @@ def read_meta(folder: Path) -> dict:
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Processes of containers that share a file system may have one host name and one id.
+    host = socket.gethostname().partition(".")[0][:32]
+    unique = f"{host}.{os.getpid()}.{uuid.uuid4().hex}"
+    temporary = path.with_name(f".{path.name}.{unique}")
     try:
         yield temporary
         if path.is_dir():
@@ -192,7 +201,9 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lets one process at a time build `folder`; the others wait."""
+    """Lets one process at a time build `folder`; the others wait. What a killed one left of it is
+    removed.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
@@ -202,4 +213,15 @@ def locked(folder: Path) -> Iterator[None]:
         ) from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        _remove_left(folder)
         yield
+
+
+def _remove_left(path: Path) -> None:
+    """Removes the old temporary paths that `atomic` made for `path`; its lock must be held."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[^.]*\.\d+\.[0-9a-f]{{32}}")
+    for name in filter(pattern.fullmatch, os.listdir(path.parent)):
+        left = path.with_name(name)
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LEFT_AFTER_S:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()

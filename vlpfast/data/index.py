@@ -261,17 +261,9 @@ class Index:
             return self
         path = self.folder / f"image_ids-{hashlib.sha256(id_key.encode()).hexdigest()[:16]}.npy"
         if not path.exists():
-            with atomic(path) as temporary:
-                column = Column(temporary, np.int64)
-                for row, record in enumerate(self.strings["records"]):
-                    fields = json.loads(record)
-                    if id_key not in fields:
-                        raise ValueError(
-                            f"{self.source}: sample {self.name(row)} has no field {id_key!r}, "
-                            f"found {sorted(fields)}"
-                        )
-                    column.append(stable_id(fields[id_key]))
-                column.close()
+            with locked(path):
+                if not path.exists():
+                    self._write_ids(path, id_key)
         return replace(self, tables={**self.tables, "image_ids": load_column(path)})
 
     def iter_captions(self) -> Iterator[str]:
@@ -282,21 +274,42 @@ class Index:
         """Token ids of all captions of the source; made once, cached by the tokenizer's hash."""
         stem = f"tokens-{tokenizer.sha256[:16]}-{max_tokens}"
         values_path, offsets_path = (self.folder / f"{stem}{s}.npy" for s in ("", "-offsets"))
-        if not (values_path.exists() and offsets_path.exists()):
-            with atomic(values_path) as v_path, atomic(offsets_path) as o_path:
-                values, offsets = Column(v_path, np.int32), Column(o_path, np.int64)
-                offsets.append(0)
-                end = 0
-                captions = iter(self.strings["captions"])
-                while chunk := list(itertools.islice(captions, _CHUNK)):
-                    ids = tokenizer.encode([c.decode() for c in chunk], max_tokens)
-                    values.extend(np.fromiter(itertools.chain.from_iterable(ids), np.int32))
-                    ends = end + np.cumsum([len(i) for i in ids])
-                    offsets.extend(ends)
-                    end = int(ends[-1])
-                values.close()
-                offsets.close()
+        paths = (values_path, offsets_path)
+        if not all(path.exists() for path in paths):
+            with locked(values_path), locked(offsets_path):
+                if not all(path.exists() for path in paths):
+                    self._write_tokens(*paths, tokenizer, max_tokens)
         return TokenTable(load_column(values_path), load_column(offsets_path))
+
+    def _write_ids(self, path: Path, id_key: str) -> None:
+        with atomic(path) as temporary:
+            column = Column(temporary, np.int64)
+            for row, record in enumerate(self.strings["records"]):
+                fields = json.loads(record)
+                if id_key not in fields:
+                    raise ValueError(
+                        f"{self.source}: sample {self.name(row)} has no field {id_key!r}, "
+                        f"found {sorted(fields)}"
+                    )
+                column.append(stable_id(fields[id_key]))
+            column.close()
+
+    def _write_tokens(
+        self, values_path: Path, offsets_path: Path, tokenizer: Tokenizer, max_tokens: int
+    ) -> None:
+        with atomic(values_path) as v_path, atomic(offsets_path) as o_path:
+            values, offsets = Column(v_path, np.int32), Column(o_path, np.int64)
+            offsets.append(0)
+            end = 0
+            captions = iter(self.strings["captions"])
+            while chunk := list(itertools.islice(captions, _CHUNK)):
+                ids = tokenizer.encode([c.decode() for c in chunk], max_tokens)
+                values.extend(np.fromiter(itertools.chain.from_iterable(ids), np.int32))
+                ends = end + np.cumsum([len(i) for i in ids])
+                offsets.extend(ends)
+                end = int(ends[-1])
+            values.close()
+            offsets.close()
 
     def rows_of(self, samples: np.ndarray) -> np.ndarray:
         """Rows of the tables of samples (B,)."""
