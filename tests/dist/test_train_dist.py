@@ -163,6 +163,16 @@ def failing_main(rank: int, folder: str) -> str:
     return "all failed alike"
 
 
+def from_main(rank: int, folder: str) -> tuple[int, str]:
+    with open_world("cpu") as world:
+        given = world.from_main(lambda: 7 + world.rank, "a number")
+        try:
+            world.from_main(lambda: 1 // world.rank, "nothing")
+        except ZeroDivisionError as error:
+            return given, str(error)
+    return given, "no error"
+
+
 def other_data(rank: int, folder: str) -> str:
     with open_world("cpu") as world:
         try:
@@ -207,3 +217,5 @@ def test_processes_with_other_data(tmp_path):
 def test_main_goes_first(tmp_path):
     assert run_distributed(main_first, 2, str(tmp_path)) == [False, True]
     assert run_distributed(failing_main, 2, str(tmp_path)) == ["all failed alike"] * 2
+    expected = (7, "integer division or modulo by zero")
+    assert run_distributed(from_main, 2, str(tmp_path)) == [expected] * 2

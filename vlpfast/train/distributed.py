@@ -6,15 +6,16 @@ import contextlib
 import datetime
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+T = TypeVar("T")
 # For what one process does while all others wait: an index of billions of samples takes hours.
 _MOST_MINUTES = 24 * 60.0
 
@@ -77,6 +78,22 @@ class World:
             # Also when the body failed: the others then run it, and fail in the same way.
             if self.is_main:
                 self.barrier(reason, _MOST_MINUTES)
+
+    def from_main(self, make: Callable[[], T], reason: str) -> T:
+        """What `make` gives on the main process, on all of them; its error too."""
+        if self.size == 1:
+            return make()
+        made: list[object] = [None]
+        if self.is_main:
+            try:
+                made = [make()]
+            except Exception as error:  # raised below, by every process
+                made = [error]
+        self.barrier(reason, _MOST_MINUTES)
+        dist.broadcast_object_list(made, src=0, group=self.host)
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return made[0]
 
     def barrier(self, reason: str, minutes: float = 30.0) -> None:
         """Waits for all processes, on the host.

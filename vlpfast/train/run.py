@@ -78,8 +78,11 @@ def open_trainer(config: RunConfig, resume: str | None = None) -> Iterator[Train
     with open_world(config.train.device) as world:
         with world.main_first("the first process to index the data"):
             index = open_index(config.data)
-            tokenizer = open_tokenizer(config, index, resume)
             config = fit_answers(config, index)
+        tokenizer = world.from_main(
+            partial(open_tokenizer, config, index, resume),
+            "the first process to train the tokenizer",
+        )
         guide = Guide.open(config.objectives, world.device, draws="image" in config.data.tasks)
         config = fit_parts(config, tokenizer, guide)
         seed = config.train.seed
