@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from tests._batches import make_batch
 from tests.dist._run import run_distributed
 from tests.dist.test_step_dist import rows_of
-from torch import Tensor
-
 from vlpfast.data.batch import Batch
 from vlpfast.models import create_model
 from vlpfast.objectives import ObjectivesConfig, PretrainStep

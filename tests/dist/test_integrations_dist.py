@@ -112,7 +112,7 @@ IDS = ["-".join(pair) for pair in ALL]
 @pytest.mark.dist
 @pytest.mark.parametrize(("name", "setting"), ALL, ids=IDS)
 def test_ours_equals_one_process(even, name: str, setting: str) -> None:
-    """Every setting, every class: gradients of towers, scale and bias, and the mean of the values."""
+    """Every setting and class: gradients of towers, scale and bias, and the mean of the values."""
     single = one_process(name, B * len(even))
     for rank in even:
         torch.testing.assert_close(rank["ours", name, setting]["grads"], single["grads"], **FP32)
@@ -225,7 +225,7 @@ def albef_worker(rank: int, counts: tuple[int, ...], gather_batch: bool) -> dict
 
 
 def albef_single(counts: tuple[int, ...], gather_batch: bool) -> dict:
-    """The same in one process: rank by rank against the shared queue, or the whole batch at once."""
+    """The same in one process: rank by rank against the shared queue, or the whole batch."""
     torch.manual_seed(0)
     module = ITCLoss(6, 16, with_idx=True).double()
     G, W = sum(counts), len(counts)
@@ -256,7 +256,7 @@ def albef_single(counts: tuple[int, ...], gather_batch: bool) -> dict:
 @pytest.mark.parametrize("counts", [(3, 3), (2, 5), (3, 3, 3, 3)], ids=str)
 @pytest.mark.parametrize("gather_batch", [False, True])
 def test_albef_queue_is_shared(counts: tuple[int, ...], gather_batch: bool) -> None:
-    """Ranks fill one queue in rank order, and it wraps; the mean gradient is that of one process."""
+    """Ranks fill one queue in their order, it wraps; the mean gradient is that of one process."""
     ranks = run_distributed(albef_worker, len(counts), counts, gather_batch)
     single = albef_single(counts, gather_batch)
     torch.testing.assert_close(ranks[0]["state"], single["state"])

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from tests._batches import make_batch, make_regions
 from tests.dist._run import run_distributed
 from tests.dist.test_step_dist import rows_of
-from torch import Tensor
-
 from vlpfast.data.batch import Batch
 from vlpfast.data.masking import mask_regions
 from vlpfast.models import create_model
@@ -24,9 +24,7 @@ CONFIGS = {
     "uniter": ObjectivesConfig(
         itc=0.0, mlm=1.0, mrfr=1.0, mrckl=1.0, mix=(("mlm", 2.0), ("mrfr", 1.0), ("mrckl", 1.0))
     ),
-    "lxmert": replace(
-        lxmert.OBJECTIVES, itm=0.0, mix=(("mlm", 2.0), ("mrfr", 1.0), ("mrc", 1.0))
-    ),
+    "lxmert": replace(lxmert.OBJECTIVES, itm=0.0, mix=(("mlm", 2.0), ("mrfr", 1.0), ("mrc", 1.0))),
     "vilbert": replace(vilbert.OBJECTIVES, itm=0.0, mix=(("mlm", 1.0), ("mrckl", 1.0))),
 }
 ROWS, STEPS = 6, 6

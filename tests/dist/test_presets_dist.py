@@ -10,11 +10,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from tests._batches import make_batch, make_regions
 from tests.dist._run import run_distributed
 from tests.dist.test_step_dist import rows_of
-from torch import Tensor
-
 from vlpfast.data.batch import Batch
 from vlpfast.data.masking import mask_regions
 from vlpfast.models import VLPModel, preset_config

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from tests._batches import make_batch
-from tests.dist._run import run_distributed
 from torch import Tensor
 
+from tests._batches import make_batch
+from tests.dist._run import run_distributed
 from vlpfast.data.batch import Batch
 from vlpfast.models import create_model
 from vlpfast.objectives import ObjectivesConfig, PretrainStep
