@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import struct
 import tarfile
 import time
@@ -285,21 +286,80 @@ def test_missing_image_is_named(tmp_path):
 # Usage errors
 
 
+_MISFITS = [
+    ({"img": "0.jpg", "caption": "c"}, r"no key with an image path.*\['caption'"),
+    ({"image": "0.jpg", "text": "c"}, r"no key with a caption.*'image', 'text'"),
+    ({"image": "0.jpg", "caption": 3}, r"'caption' must be a string.*got 3"),
+    ({"image": 3, "caption": "c"}, r"'image' must be a path, got 3"),
+    ([1], r"expected a JSON object, found list"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), _MISFITS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_wrong_keys_are_named(tmp_path, suffix, row, message):
+    path = tmp_path / f"set{suffix}"
+    path.write_text(json.dumps(row) if suffix == ".jsonl" else json.dumps([row]))
+    place = r"set.jsonl:1: " if suffix == ".jsonl" else r"set.json\[0\]: "
+    with pytest.raises(
+        ValueError, match=place + message + ".*--data.image-key.*--data.caption-key"
+    ):
+        Index.open(path)
+    assert not list(tmp_path.glob("*.index*/")), "a failed build leaves nothing behind"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"img": "0.jpg", "caption": "c"}, r"set.jsonl:2: no key with an image path.*\['caption'"),
-        ({"image": "0.jpg", "text": "c"}, r"set.jsonl:2: no key with a caption.*'image', 'text'"),
-        ({"image": "0.jpg", "caption": 3}, r"set.jsonl:2: 'caption' must be a string.*got 3"),
-        ({"image": 3, "caption": "c"}, r"set.jsonl:2: 'image' must be a path, got 3"),
+        *((json.dumps(row), message) for row, message in _MISFITS),
+        ('{"image": "0.jpg", "caption": null}', "empty caption"),
+        ('{"image": "0.jpg", "captions": [null]}', "empty caption"),
+        ('{"image": "\\ud800.jpg", "caption": "c"}', "path is not UTF-8"),
+        ('{"image": "0.jpg", "capt', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("1" * 5000, "not JSON"),
     ],
 )
-def test_wrong_keys_are_named(tmp_path, row, message):
+def test_one_bad_row_is_left_out(tmp_path, row, message):
     (tmp_path / "0.jpg").write_bytes(JPEG)
-    path = write_jsonl(tmp_path / "set.jsonl", [{"image": "0.jpg", "caption": "c"}, row])
-    with pytest.raises(ValueError, match=message):
-        Index.open(path)
-    assert not list(tmp_path.glob("*set.jsonl.index*/")), "a failed build leaves nothing behind"
+    good = json.dumps({"image": "0.jpg", "caption": "c"})
+    (tmp_path / "set.jsonl").write_text(f"{good}\n{row}\n{good}\n")
+    index = Index.open(tmp_path / "set.jsonl")
+    assert index.num_samples == 2
+    ((name, reason),) = index.invalid.items()
+    assert name in ("0.jpg", f"{tmp_path}/set.jsonl:2")
+    assert re.search(message, reason)
+
+
+def test_nulls_among_captions(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(JPEG)
+    row = {"image": "0.jpg", "captions": ["one", None, "two"]}
+    assert Index.open(write_jsonl(tmp_path / "set.jsonl", [row])).captions(0) == ["one", "two"]
+
+
+def test_keys_of_records_in_shards(tmp_path):
+    good = [("0.jpg", JPEG), ("0.json", _json(caption="c"))]
+    for name, fields, message in [
+        ("1", {"text": "c"}, "no 'caption' or 'captions' key, found \\['text'\\]"),
+        ("2", {"caption": 3}, "must be a string"),
+    ]:
+        bad = [(f"{name}.jpg", JPEG), (f"{name}.json", _json(**fields))]
+        with pytest.raises(ValueError, match=rf"{name}.jpg: .*{message}"):
+            Index.open(write_tar(tmp_path / f"first-{name}.tar", [*bad, *good]))
+        index = Index.open(write_tar(tmp_path / f"second-{name}.tar", [*good, *bad]))
+        assert index.num_samples == 1
+        assert re.search(message, index.invalid[f"{name}.jpg"])
+
+
+def test_long_fields_of_csv(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(JPEG)
+    path = tmp_path / "set.csv"
+    rows = ["image,caption,more", "0.jpg,long," + "x" * 200_000]
+    rows += ["0.jpg,too long," + "x" * (2**24 + 1), "0.jpg,short,x"]
+    path.write_text("\n".join(rows))
+    index = Index.open(path)
+    assert list(index.iter_captions()) == ["long", "short"]
+    assert "field larger than field limit" in index.invalid[f"{path}:3"]
 
 
 def test_bad_sources_are_named(tmp_path):

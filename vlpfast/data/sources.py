@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,8 +22,14 @@ IMAGE_KEYS = ("image", "filepath")
 CAPTION_KEYS = ("captions", "caption", "title")
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+# Longer than any caption; a quote that is never closed makes one field of all that follows.
+_MAX_CSV_FIELD = 2**24
 # Of generated scenes: statements about pairs of images, which lie in the shards beside the table.
 _SCENE_PAIRS = ".nlvr.jsonl"
+
+
+class _MisfitError(ValueError):
+    """A row has not the form of a sample."""
 
 
 @dataclass
@@ -37,6 +44,8 @@ class SourceRow:
         record: the other fields.
         problem: why the row cannot be a sample; empty if it can.
         second: name and place of the second image, of a text about two; else None.
+        misfit: the problem is one of form (no such key, a value of another type), which the other
+            rows may well share.
     """
 
     name: str
@@ -47,6 +56,7 @@ class SourceRow:
     record: dict = field(default_factory=dict)
     problem: str = ""
     second: SourceRow | None = None
+    misfit: bool = False
 
     @property
     def images(self) -> tuple[SourceRow, ...]:
@@ -98,14 +108,28 @@ def hash_files(digest: hashlib._Hash, source: Path) -> None:
 def iter_rows(
     source: Path, *, image_key: str = "", caption_key: str = "", need_captions: bool = True
 ) -> Iterator[SourceRow]:
-    """All rows of `source` in order.
+    """All rows of `source` in order; those that cannot be samples with their problem.
 
     Args:
         source: a table, a shard or a folder of shards.
         image_key, caption_key: column names in a table; empty takes the first of `IMAGE_KEYS`,
             `CAPTION_KEYS` that a row has.
-        need_captions: a table or record without a place for captions is an error.
+        need_captions: a row without a place for captions has a problem.
+
+    Raises:
+        ValueError: already the first row has not the form of a sample.
     """
+    rows = _rows(source, image_key, caption_key, need_captions)
+    for number, row in enumerate(rows):
+        if row.misfit and number == 0:
+            options = "; --data.image-key and --data.caption-key name the columns"
+            raise ValueError(f"{row.name}: {row.problem}{options if is_table(source) else ''}")
+        yield row
+
+
+def _rows(
+    source: Path, image_key: str, caption_key: str, need_captions: bool
+) -> Iterator[SourceRow]:
     if not is_table(source):
         for number, shard in enumerate(containers(source)):
             yield from _iter_shard(shard, number, need_captions)
@@ -116,16 +140,25 @@ def iter_rows(
     reader = readers.get(source.suffix.lower(), _iter_jsonl)
     members = _members(source) if source.name.endswith(_SCENE_PAIRS) else {}
     for place, fields in reader(source):
-        if isinstance(fields, str):
-            yield SourceRow(place, problem=fields)
-        elif members:
-            yield _scene_pair(fields, members)
-        else:
-            yield _table_row(place, fields, images, captions, need_captions)
+        try:
+            if isinstance(fields, str):
+                row = SourceRow(place, problem=fields)
+            elif not isinstance(fields, dict):
+                raise fields
+            elif members:
+                row = _scene_pair(fields, members)
+            else:
+                row = _table_row(fields, images, captions, need_captions)
+            for image in row.images:
+                os.fsencode(image.name)
+        except _MisfitError as error:
+            row = SourceRow(place, problem=str(error), misfit=True)
+        except UnicodeEncodeError:
+            row = SourceRow(place, problem="path is not UTF-8")
+        yield row
 
 
 def _table_row(
-    place: str,
     fields: dict,
     image_keys: tuple[str, ...],
     caption_keys: tuple[str, ...],
@@ -135,20 +168,20 @@ def _table_row(
     no captions and none of their own.
     """
     pair = "images" in fields and not set(image_keys) & fields.keys()
-    image_key = "images" if pair else _first_key(place, fields, image_keys, "an image path")
+    image_key = "images" if pair else _first_key(fields, image_keys, "an image path")
     names = fields[image_key] if pair else [fields[image_key]]
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise ValueError(f"{place}: {image_key!r} must be a path, got {fields[image_key]!r}")
+        raise _MisfitError(f"{image_key!r} must be a path, got {fields[image_key]!r}")
     if len(names) != 1 + pair:
-        raise ValueError(f"{place}: 'images' must be two paths, got {names!r}")
+        raise _MisfitError(f"'images' must be two paths, got {names!r}")
     caption_key = next((key for key in caption_keys if key in fields), "")
     if not caption_key and need_captions:
-        _first_key(place, fields, caption_keys, "a caption")
+        _first_key(fields, caption_keys, "a caption")
     used = {image_key, caption_key}
     record = {key: value for key, value in fields.items() if key not in used}
     captions, problem = [], ""
     if caption_key:
-        captions, problem = _clean_captions(place, caption_key, fields[caption_key])
+        captions, problem = _clean_captions(caption_key, fields[caption_key])
     if not captions and not need_captions:
         record.setdefault("image_id", " ".join(names))
     second = SourceRow(names[1]) if pair else None
@@ -164,8 +197,12 @@ def _members(source: Path) -> dict[str, SourceRow]:
 
 def _scene_pair(fields: dict, members: dict[str, SourceRow]) -> SourceRow:
     """A statement about two generated scenes."""
+    for key in ("left", "right", "statement", "label"):
+        _first_key(fields, (key,), "a scene or what is said of two")
     names = [fields[side] for side in ("left", "right")]
     for name in names:
+        if not isinstance(name, str):
+            raise _MisfitError(f"'left' and 'right' must be names of scenes, got {names!r}")
         if name not in members:
             return SourceRow(name, problem=f"no image {name!r} in the shards beside the table")
     left, right = (members[name] for name in names)
@@ -176,19 +213,20 @@ def _scene_pair(fields: dict, members: dict[str, SourceRow]) -> SourceRow:
     return replace(row, problem=left.problem or right.problem, second=second)
 
 
-def _first_key(place: str, fields: dict, keys: tuple[str, ...], meaning: str) -> str:
+def _first_key(fields: dict, keys: tuple[str, ...], meaning: str) -> str:
     for key in keys:
         if key in fields:
             return key
     expected = " or ".join(repr(key) for key in keys)
-    raise ValueError(f"{place}: no key with {meaning}: expected {expected}, found {sorted(fields)}")
+    raise _MisfitError(f"no key with {meaning}: expected {expected}, found {sorted(fields)}")
 
 
-def _clean_captions(place: str, key: str, value: object) -> tuple[list[str], str]:
-    """Non-empty captions and the problem of the row, if it has one."""
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise ValueError(f"{place}: {key!r} must be a string or a list of strings, got {value!r}")
+def _clean_captions(key: str, value: object) -> tuple[list[str], str]:
+    """Non-empty captions and the problem of the row, if it has one. JSON's null is no caption."""
+    values = value if isinstance(value, list) else [value]
+    values = [v for v in values if v is not None]
+    if not all(isinstance(v, str) for v in values):
+        raise _MisfitError(f"{key!r} must be a string or a list of strings, got {value!r}")
     captions = [text for v in values if (text := v.strip())]
     for text in captions:
         if any("\ud800" <= c <= "\udfff" for c in text):
@@ -196,7 +234,11 @@ def _clean_captions(place: str, key: str, value: object) -> tuple[list[str], str
     return captions, ""
 
 
-def _iter_jsonl(source: Path) -> Iterator[tuple[str, dict | str]]:
+# A reader yields the place of each row, and its fields or why it has none.
+_Fields = dict | str | _MisfitError
+
+
+def _iter_jsonl(source: Path) -> Iterator[tuple[str, _Fields]]:
     with source.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -207,12 +249,13 @@ def _iter_jsonl(source: Path) -> Iterator[tuple[str, dict | str]]:
             except UnicodeDecodeError:
                 yield place, "line is not UTF-8"
                 continue
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: not JSON: {error}") from error
-            yield place, _as_dict(place, fields)
+            except (ValueError, RecursionError) as error:
+                yield place, _MisfitError(f"not JSON: {error}")
+                continue
+            yield place, _as_dict(fields)
 
 
-def _iter_json(source: Path) -> Iterator[tuple[str, dict]]:
+def _iter_json(source: Path) -> Iterator[tuple[str, _Fields]]:
     try:
         rows = json.loads(source.read_bytes())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -222,22 +265,29 @@ def _iter_json(source: Path) -> Iterator[tuple[str, dict]]:
     if not isinstance(rows, list):
         raise ValueError(f"{source}: expected a list of objects, found {type(rows).__name__}")
     for number, fields in enumerate(rows):
-        place = f"{source}[{number}]"
-        yield place, _as_dict(place, fields)
+        yield f"{source}[{number}]", _as_dict(fields)
 
 
-def _as_dict(place: str, fields: object) -> dict:
+def _as_dict(fields: object) -> dict | _MisfitError:
     if not isinstance(fields, dict):
-        raise ValueError(f"{place}: expected a JSON object, found {type(fields).__name__}")
+        return _MisfitError(f"expected a JSON object, found {type(fields).__name__}")
     return fields
 
 
-def _iter_csv(source: Path) -> Iterator[tuple[str, dict | str]]:
+def _iter_csv(source: Path) -> Iterator[tuple[str, _Fields]]:
     delimiter = "\t" if source.suffix.lower() == ".tsv" else ","
     # surrogateescape keeps undecodable bytes, which the caption check then names.
     with source.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
-        for fields in reader:
+        csv.field_size_limit(max(csv.field_size_limit(), _MAX_CSV_FIELD))
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield f"{source}:{reader.reader.line_num}", f"row cannot be read: {error}"
+                continue
             place = f"{source}:{reader.line_num}"
             if None in fields or None in fields.values():
                 yield place, f"row does not have {len(reader.fieldnames or ())} columns"
@@ -320,7 +370,7 @@ def _shard_row(
     except UnicodeDecodeError:
         row.problem = "caption is not UTF-8"
         return row
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         row.problem = f".json is not JSON: {error}"
         return row
     if not isinstance(fields, dict):
@@ -331,9 +381,13 @@ def _shard_row(
         return row
     key = next((k for k in CAPTION_KEYS[:2] if k in fields), "")
     if text is None and not key and need_captions:
-        keys = sorted(fields)
-        raise ValueError(f"{row.name}: .json has no 'caption' or 'captions' key, found {keys}")
+        row.problem = f".json has no 'caption' or 'captions' key, found {sorted(fields)}"
+        row.misfit = True
+        return row
     value = fields.pop(key) if key else []
-    row.captions, row.problem = _clean_captions(row.name, key or "txt", text or value)
+    try:
+        row.captions, row.problem = _clean_captions(key or "txt", text or value)
+    except _MisfitError as error:
+        row.problem, row.misfit = str(error), True
     row.record = fields
     return row
