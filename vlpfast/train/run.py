@@ -47,8 +47,9 @@ def train(config: RunConfig, *, resume: str | None = None) -> TrainResult:
     """Trains `config` and leaves everything in its run folder.
 
     The folder holds config.json, tokenizer.json, out.log, metrics.jsonl, loss.png, tensorboard/,
-    checkpoints/step_K.pt, and at the end model.safetensors; guide.json is the configuration of the
-    run that `objectives.guide` names, answers.json the answers that the model tells, by number.
+    checkpoints/step_K.pt, and at the end model.safetensors; corrupt/RANK.jsonl names the samples
+    that a process skipped. guide.json is the configuration of the run that `objectives.guide`
+    names, answers.json the answers that the model tells, by number.
 
     Args:
         config: of the whole run. The model's vocabulary becomes the tokenizer's.
