@@ -62,13 +62,24 @@ def test_jsonl(tmp_path):
 def test_csv(tmp_path, suffix, image_key, caption_key, names):
     (tmp_path / "a.jpg").write_bytes(JPEG)
     path = tmp_path / f"set{suffix}"
+    caption = 'a "red", two-line\nköttbulle' if suffix == ".csv" else 'a "red", köttbulle'
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",")
-        writer.writerow([image_key, caption_key, "size"])
-        writer.writerow(["a.jpg", 'a "red", two-line\nköttbulle', "3"])
+        if suffix == ".csv":
+            csv.writer(file).writerows([[image_key, caption_key, "size"], ["a.jpg", caption, "3"]])
+        else:
+            file.write(f"{image_key}\t{caption_key}\tsize\r\na.jpg\t{caption}\t3\r\n")
     index = Index.open(path, **names)
-    assert index.captions(0) == ['a "red", two-line\nköttbulle']
+    assert index.captions(0) == [caption]
     assert index.record(0) == {"size": "3"}
+
+
+def test_quotes_in_tsv(tmp_path):
+    """A quotation mark that begins a caption is part of it, and does not take in the next rows."""
+    (tmp_path / "0.jpg").write_bytes(JPEG)
+    captions = ['"Stop" says the sign', '"never closed', "third"]
+    rows = "".join(f"{caption}\t0.jpg\n" for caption in captions)
+    (tmp_path / "set.tsv").write_text(f"caption\timage\n{rows}")
+    assert list(Index.open(tmp_path / "set.tsv").iter_captions()) == captions
 
 
 def test_json_list(tmp_path):

@@ -275,10 +275,12 @@ def _as_dict(fields: object) -> dict | _MisfitError:
 
 
 def _iter_csv(source: Path) -> Iterator[tuple[str, _Fields]]:
-    delimiter = "\t" if source.suffix.lower() == ".tsv" else ","
+    # Files of tab-separated values quote nothing: a caption may begin with a quotation mark.
+    tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    form = tabs if source.suffix.lower() == ".tsv" else {}
     # surrogateescape keeps undecodable bytes, which the caption check then names.
     with source.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
+        reader = csv.DictReader(file, **form)
         csv.field_size_limit(max(csv.field_size_limit(), _MAX_CSV_FIELD))
         while True:
             try:
