@@ -20,6 +20,7 @@ from vlpfast.data.build import atomic, locked, stable_id
 from vlpfast.data.decode import decode_rgb, inspect
 from vlpfast.data.index import Index
 from vlpfast.data.tokenizer import Tokenizer
+from vlpfast.data.tools import pack
 
 JPEG = encode(picture(0), "JPEG")
 PNG = encode(picture(1), "PNG")
@@ -430,6 +431,35 @@ def test_where_and_ids(tmp_path):
     assert odd.with_ids("parity").image_ids.tolist() == [stable_id("odd")] * 3
     with pytest.raises(ValueError, match=r"0.png has no field 'none', found"):
         index.with_ids("none")
+
+
+@pytest.mark.parametrize("nothing", [{}, {"image_id": None}, {"image_id": ""}])
+def test_rows_without_identity(tmp_path, nothing):
+    """A row without identity is like no other, those with one included."""
+    (tmp_path / "0.jpg").write_bytes(JPEG)
+    row = {"image": "0.jpg", "caption": "c"}
+    rows = [row | nothing, row | {"image_id": 0}, row | nothing, row | {"image_id": 2}]
+    rows += [row | {"image_id": 0}, row | {"image_id": "x"}]
+    index = Index.open(write_jsonl(tmp_path / "some.jsonl", rows))
+    ids = index.image_ids.tolist()
+    assert len(set(ids)) == 5
+    assert ids[1] == ids[4] == 0
+    assert (ids[3], ids[5]) == (2, stable_id("x"))
+    assert min(ids) >= 0
+    none = Index.open(write_jsonl(tmp_path / "none.jsonl", [row | nothing] * 3))
+    assert none.image_ids.tolist() == [0, 1, 2]
+    if nothing:
+        assert len(set(index.with_ids("image_id").image_ids.tolist())) == 5
+    pack(tmp_path / "some.jsonl", tmp_path / "packed")
+    assert Index.open(tmp_path / "packed").image_ids.tolist() == ids
+
+
+def test_rows_without_captions_are_known_by_their_images(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(JPEG)
+    ids = [{"image_id": 0}, {"image_id": ""}, {}, {"image_id": None}]
+    path = write_jsonl(tmp_path / "set.jsonl", [{"image": "0.jpg"} | row for row in ids])
+    index = Index.open(path, require_captions=False)
+    assert index.image_ids.tolist() == [0] + [stable_id("0.jpg")] * 3
 
 
 def test_stable_ids():

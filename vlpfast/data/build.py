@@ -24,10 +24,10 @@ from vlpfast.data.decode import inspect
 from vlpfast.data.sources import SourceRow, containers, iter_rows, shards
 from vlpfast.data.tables import BytesColumn, Column
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # In meta.json: of how many rows nothing is said in a caption.
 WITHOUT_CAPTIONS = "num_without_captions"
-_CHUNK = 1024
+_CHUNK, _IDENTITY_CHUNK = 1024, 2**20
 COLUMNS = {
     "container": np.int32,
     "offset": np.int64,
@@ -55,6 +55,18 @@ def stable_id(value: object) -> int:
         return value
     text = json.dumps(value, sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def is_identity(value: object) -> bool:
+    """Whether a record value says what a sample shows: JSON's null and empty cells do not."""
+    return value is not None and value != ""
+
+
+def row_identity(number: int) -> int:
+    """Identity of a row without one, among rows that have one; not that of any record value which
+    data have.
+    """
+    return stable_id(["row without identity", number])
 
 
 def fingerprint(source: Path) -> str:
@@ -134,6 +146,7 @@ class _Writer:
         self.strings = {name: BytesColumn(folder, name) for name in BYTES}
         self.num_rows = self.num_invalid = self.num_without_captions = 0
         self._folder, self._num_captions, self._num_valid = folder, 0, 0
+        self._any_identity = False
         self._second: dict[str, Column | BytesColumn] = {}
         self.columns["caption_starts"].append(0)
 
@@ -147,7 +160,10 @@ class _Writer:
             return
         self._num_captions += len(row.captions)
         values = (row.container, row.offset, *found[0], self._num_captions)
-        image_id = stable_id(row.record["image_id"]) if "image_id" in row.record else number
+        image_id = row.record.get("image_id")
+        # Negative: a row without identity, until `close` knows whether others have one.
+        image_id = stable_id(image_id) if is_identity(image_id) else -1 - number
+        self._any_identity |= image_id >= 0
         for column, value in zip(self.columns.values(), (*values, image_id), strict=True):
             column.append(value)
         self.strings["names"].append(os.fsencode(row.name))
@@ -172,6 +188,20 @@ class _Writer:
     def close(self) -> None:
         for column in (*self.columns.values(), *self.strings.values(), *self._second.values()):
             column.close()
+        if self._num_valid:
+            self._identify()
+
+    def _identify(self) -> None:
+        """Gives rows without identity their number, or where others have one, one of their own."""
+        image_ids = np.load(self._folder / "image_ids.npy", mmap_mode="r+")
+        for start in range(0, len(image_ids), _IDENTITY_CHUNK):
+            chunk = image_ids[start : start + _IDENTITY_CHUNK]
+            (rows,) = np.nonzero(chunk < 0)
+            numbers = -1 - chunk[rows]
+            if self._any_identity:
+                numbers = np.fromiter(map(row_identity, numbers.tolist()), np.int64)
+            chunk[rows] = numbers
+        image_ids.flush()
 
 
 def read_meta(folder: Path) -> dict:

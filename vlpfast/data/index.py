@@ -28,8 +28,10 @@ from vlpfast.data.build import (
     atomic,
     build_tables,
     fingerprint,
+    is_identity,
     locked,
     read_meta,
+    row_identity,
     stable_id,
 )
 from vlpfast.data.tables import BytesTable, Column, load_column
@@ -101,7 +103,8 @@ class Index:
                 questions, and pairs of generated scenes, `SPLIT.nlvr.jsonl`.
             index_dir: folder of the tables; `<path>.index` if None.
             id_key: record field whose value is the sample's identity (`image_ids`); empty takes the
-                field `image_id`, or where there is none the sample's own number.
+                field `image_id`, or where no row has one the sample's own number. A row in which it
+                is null or empty is like no other.
             image_key, caption_key: column names in a table; empty takes image | filepath, captions
                 | caption | title.
             verify: "header" checks header and end marker, "decode" decodes every image.
@@ -291,7 +294,8 @@ class Index:
                         f"{self.source}: sample {self.name(row)} has no field {id_key!r}, "
                         f"found {sorted(fields)}"
                     )
-                column.append(stable_id(fields[id_key]))
+                given = is_identity(fields[id_key])
+                column.append(stable_id(fields[id_key]) if given else row_identity(row))
             column.close()
 
     def _write_tokens(

@@ -182,8 +182,8 @@ def _table_row(
     captions, problem = [], ""
     if caption_key:
         captions, problem = _clean_captions(caption_key, fields[caption_key])
-    if not captions and not need_captions:
-        record.setdefault("image_id", " ".join(names))
+    if not captions and not need_captions and record.get("image_id") in (None, ""):
+        record["image_id"] = " ".join(names)
     second = SourceRow(names[1]) if pair else None
     return SourceRow(names[0], captions=captions, record=record, problem=problem, second=second)
 

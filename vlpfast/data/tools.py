@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from vlpfast.data.build import is_identity
 from vlpfast.data.index import Index
 
 _EXTENSIONS = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
@@ -131,7 +132,8 @@ def _members(index: Index) -> Iterator[list[tuple[str, bytes]]]:
         if not extension:
             raise ValueError(f"{index.name(i)}: shards hold JPEG, PNG or WebP, got {image[:4]!r}")
         fields = {**index.record(i), "captions": index.captions(i)}
-        fields.setdefault("image_id", int(index.image_ids[i]))
+        if not is_identity(fields.get("image_id")):
+            fields["image_id"] = int(index.image_ids[i])
         stem = f"{i:0{_NUM_DIGITS}d}"
         yield [
             (f"{stem}.{extension}", image),
