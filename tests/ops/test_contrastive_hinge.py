@@ -131,3 +131,19 @@ def test_nan_and_repeat_and_bytes(hardest: bool) -> None:
 def test_compiles(hardest: bool) -> None:
     image, text = (x.requires_grad_() for x in make_inputs(20, 8, torch.float32))
     assert_compiles(hinge_loss, image, text, hardest=hardest, impl="cpp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize(("impl", "device"), back_ends())
+def test_a_broken_tower_is_no_loss_of_zero(impl, device, hardest, broken, dtype):
+    towers = [x.to(device) for x in make_inputs(7, 16, dtype)]
+    towers[broken].fill_(torch.nan)
+    run = lambda i, t, ids=None: hinge_loss(i, t, hardest=hardest, ids=ids, impl=impl)
+    (loss,), grads = with_gradients(run, towers)
+    assert loss.isnan()
+    assert any(grad.isnan().all() for grad in grads)
+    # Where no pair has a negative there is nothing to look at.
+    if hardest:
+        assert run(*towers, torch.zeros(7, dtype=torch.int64, device=device)) == 0

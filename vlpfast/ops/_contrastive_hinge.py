@@ -60,12 +60,16 @@ def _hardest(
             tile.sims, scale, None, 0, tile.rows.start, 0, row_ids, col_ids, offset,
             best[0, tile.rows], place[0, tile.rows], best[1], place[1],
         )  # fmt: skip
-    found = place[..., 0] >= 0
+    # One pair that differs from another gives every row a negative.
+    others = torch.arange(B, device=image.device) if ids is None else ids
+    exists = (others != others[:1]).any()
     hard_text, hard_image = place[..., 0].clamp(min=0)
     pair = row_dots(image, text)
     hard = torch.stack([row_dots(image, text[hard_text]), row_dots(image[hard_image], text)])
-    cost = torch.where(found, (margin + hard - pair).clamp(min=0), 0)
-    text_active, image_active = (cost > 0).float()[..., None]
+    # No place is found among negatives that are all NaN: that is no cost of 0.
+    hard = torch.where(place[..., 0] >= 0, hard, torch.nan)
+    cost = torch.where(exists, (margin + hard - pair).clamp(min=0), 0)
+    text_active, image_active = torch.where(cost.isnan(), cost, (cost > 0).float())[..., None]
     pulls = text_active + image_active
     image_grad = text_grad = None
     if wants[0]:
