@@ -32,7 +32,7 @@ def compact(size: str) -> RunConfig:
     )
 
 
-def scenes_words(*, steps: int = 2000) -> RunConfig:
+def scenes_words(*, steps: int = 3400) -> RunConfig:
     """`tiny`, 128 wide, 2 + 2 blocks, 16 patches an image, on the embedded data: minutes on one
     core. One checkpoint says where an object is, what is somewhere, writes captions (the shortest,
     of shapes and colours, from which the image is first learned, and those in full), answers
@@ -49,7 +49,7 @@ def scenes_words(*, steps: int = 2000) -> RunConfig:
         ),
         data=replace(
             clip.SCENES_DATA,
-            tasks=(*("caption",) * 3, *("box",) * 3, "vqa", "entailment", "region"),
+            tasks=(*("caption",) * 2, *("box",) * 6, "vqa", "entailment", "region"),
             # Two bins a step of the grid on which the scenes' objects lie.
             locations=64,
             captions=(0, 2),
@@ -59,7 +59,7 @@ def scenes_words(*, steps: int = 2000) -> RunConfig:
     )
 
 
-def scenes(*, steps: int = 2000) -> RunConfig:
+def scenes(*, steps: int = 3400) -> RunConfig:
     """The same, and writes images: the codes of a tokenizer (`kmeans_scenes`), from the caption."""
     config = scenes_words(steps=steps)
     tasks = (*config.data.tasks, *("image",) * 2)
