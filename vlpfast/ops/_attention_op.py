@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vlpfast import _ext
 from vlpfast.ops._attention_spans import spans_of
+from vlpfast.ops._once import once_differentiable
 from vlpfast.ops._rows import seed_tensor
 
 _OPTIONS = (
@@ -60,7 +60,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("attention")
     def backward(ctx, grad_out):
         bias, *saved = ctx.saved_tensors
         options, bias_grad = ctx.options, ctx.needs_input_grad[4]

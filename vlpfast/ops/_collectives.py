@@ -9,7 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from vlpfast.ops._once import once_differentiable
+
+# What has second-order gradients over ranks: nothing.
+_INSTEAD = 'one process with impl="reference" has them'
 
 
 def gather_counts(count: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
@@ -96,7 +100,7 @@ class _ExchangeRows(torch.autograd.Function):
         return _swap(rows, sent, received, group)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("exchange_rows", _INSTEAD)
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _swap(grad, ctx.received, ctx.sent, ctx.group), None, None, None
 
@@ -114,7 +118,7 @@ class _GatherRows(torch.autograd.Function):
         return start_gather(rows, counts, group)()
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("gather_rows", _INSTEAD)
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         parts = [pad_rows(part, max(ctx.counts)) for part in grad.split(ctx.counts)]
         mine = torch.empty_like(parts[0])

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vlpfast.ops._collectives import gather_sizes
 from vlpfast.ops._contrastive_chunked import chunked
@@ -19,6 +18,7 @@ from vlpfast.ops._contrastive_dist import OneProcess, Ranks
 from vlpfast.ops._contrastive_hinge import hinge_chunked
 from vlpfast.ops._contrastive_passes import passes_of
 from vlpfast.ops._contrastive_state import Problem, Result, Wants
+from vlpfast.ops._once import once_differentiable
 
 torch.library.define(
     "vlpfast::contrastive_chunked",
@@ -103,7 +103,7 @@ class _Contrastive(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("contrastive_loss")
     def backward(ctx, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads = (
             grad * upstream if wanted else None
@@ -124,7 +124,7 @@ class _Hinge(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("hinge_loss")
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grads = (
             grad * upstream if wanted else None

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from vlpfast.ops._linear_cross_entropy_chunked import (
     Grads,
@@ -22,6 +22,7 @@ from vlpfast.ops._linear_cross_entropy_chunked import (
     select_rows,
     softmax_chunk,
 )
+from vlpfast.ops._once import once_differentiable
 
 
 def row_losses(student: Head, teacher: Head | None, target: Tensor, options: Options) -> Tensor:
@@ -84,7 +85,7 @@ class _Eager(torch.autograd.Function):
         return rows.put(loss)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_cross_entropy")
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, dlogits, made_h, made_w, made_b, *kept = ctx.saved_tensors
         student, teacher, target = Head(*kept[:3]), Head(*kept[3:6]), kept[6]

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vlpfast import _ext
+from vlpfast.ops._once import once_differentiable
 from vlpfast.ops._rows import wide
 
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -77,7 +77,7 @@ class _PatchEmbed(torch.autograd.Function):
         return fwd(images, weight, wide(bias), pos_embed, ids, *options)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("patch_embed")
     def backward(ctx, grad):
         images, weight, ids = ctx.saved_tensors
         bwd = _cpp_bwd if ctx.backend == "cpp" else _triton("patch_embed_bwd")

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from vlpfast.ops._once import CONSTANT_PLAN, once_differentiable
 from vlpfast.ops._transport_op import kernel, transport_op
 from vlpfast.ops.reference import transport as reference
 
@@ -89,7 +90,7 @@ class _Ipot(torch.autograd.Function):
         return solved
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("ipot", CONSTANT_PLAN)
     def backward(ctx: FunctionCtx, grad_distance, *_):
         need_x, need_y = ctx.needs_input_grad[1:3]
         grad_x, grad_y = kernel(ctx.impl, "ipot_bwd")(
@@ -110,7 +111,7 @@ class _IpotFromCost(torch.autograd.Function):
         return solved
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("ipot_from_cost", CONSTANT_PLAN)
     def backward(ctx: FunctionCtx, grad_distance, *_):
         (plan,) = ctx.saved_tensors
         grad_cost = plan * grad_distance[:, None, None]
@@ -139,7 +140,7 @@ class _Wra(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("wra_loss", CONSTANT_PLAN)
     def backward(ctx: FunctionCtx, grad_loss):
         if ctx.compiled:
             grads = [gradient * grad_loss for gradient in ctx.saved_tensors]

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from vlpfast.ops._once import CONSTANT_PLAN, once_differentiable
 from vlpfast.ops._transport_op import kernel, transport_op
 from vlpfast.ops.reference import transport as reference
 
@@ -46,7 +47,7 @@ class _Sinkhorn(torch.autograd.Function):
         return solved
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("sinkhorn", CONSTANT_PLAN)
     def backward(ctx: FunctionCtx, grad_distance, grad_value, *_):
         a, b, plan, f, g = ctx.saved_tensors
         eps, tau_a, tau_b = ctx.options
@@ -80,7 +81,7 @@ class ImplicitPlan(torch.autograd.Function):
         return plan.clone()
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("sinkhorn", "its plan is differentiated once")
     def backward(ctx: FunctionCtx, grad_plan):
         a, b, plan = ctx.saved_tensors
         eps, tau_a, tau_b = ctx.options

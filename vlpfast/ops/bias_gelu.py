@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vlpfast import _ext
 from vlpfast.ops._dispatch import Implementation, Op
+from vlpfast.ops._once import once_differentiable
 from vlpfast.ops._rows import fused_rejects, seed_tensor, wide
 from vlpfast.ops.reference import bias_gelu as reference
 from vlpfast.ops.residual_norm import check_rows
@@ -89,7 +89,7 @@ class _BiasGelu(torch.autograd.Function):
         return fwd(x, wide(bias), seed, quick, dropout_p)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("bias_gelu")
     def backward(ctx, grad_output):
         x, bias, seed = ctx.saved_tensors
         bwd = _triton("bias_gelu_bwd") if ctx.backend == "triton" else _cpp_bwd

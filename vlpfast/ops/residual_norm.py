@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vlpfast import _ext
+from vlpfast.ops._checks import check_devices
 from vlpfast.ops._dispatch import Implementation, Op
+from vlpfast.ops._once import once_differentiable
 from vlpfast.ops._rows import fused_rejects, seed_tensor, wide
 from vlpfast.ops.reference import residual_norm as reference
 
@@ -77,6 +78,7 @@ def residual_norm(
         expected, got = tuple(x.shape), tuple(residual.shape)
         raise ValueError(f"residual_norm: residual must be {expected} as x is, got {got}")
     check_rows("residual_norm", x, dropout_p, seed, weight=weight, bias=bias)
+    check_devices(x.device, prefix="residual_norm: ", residual=residual)
     dtypes = [x.dtype] if residual is None else [x.dtype, residual.dtype]
     run = _OP.choose(
         impl,
@@ -102,6 +104,7 @@ def check_rows(
     for name, vector in vectors.items():
         if vector is not None and vector.shape != x.shape[-1:]:
             raise ValueError(f"{op}: {name} must be ({x.shape[-1]},), got {tuple(vector.shape)}")
+    check_devices(x.device, prefix=f"{op}: ", **vectors)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p > 0 and seed is None:
@@ -157,7 +160,7 @@ class _ResidualNorm(torch.autograd.Function):
         return normed, total
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("residual_norm")
     def backward(ctx, grad_normed, grad_total):
         if grad_normed is None and grad_total is None:
             return (None,) * 9
