@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from vlpfast.ops._checks import check_devices
+
 
 def checked_features(x_name: str, x: Tensor, y_name: str, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dtype and contiguous in their last dimension."""
@@ -20,7 +22,7 @@ def checked_features(x_name: str, x: Tensor, y_name: str, y: Tensor) -> tuple[Te
         raise ValueError(f"{x_name} and {y_name} must share B and D, got {shapes}")
     if x.shape[2] == 0:
         raise ValueError(f"{x_name} and {y_name} must have D >= 1, got {tuple(x.shape)}")
-    check_device(y_name, y, x.device)
+    check_devices(x.device, **{y_name: y})
     if x.dtype != y.dtype:
         dtype = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(dtype), y.to(dtype)
@@ -38,7 +40,7 @@ def checked_mask(
         raise TypeError(f"{name} must be bool (True = valid), got {mask.dtype}")
     if mask.shape != shape:
         raise ValueError(f"{name} must be (B, tokens) = {tuple(shape)}, got {tuple(mask.shape)}")
-    check_device(name, mask, device)
+    check_devices(device, **{name: mask})
     return mask.contiguous()
 
 
@@ -64,14 +66,8 @@ def checked_weights(
         return torch.full(shape, default, dtype=cost.dtype, device=cost.device)
     if weights.shape != shape:
         raise ValueError(f"{name} must be {shape}, got {tuple(weights.shape)}")
-    check_device(name, weights, cost.device)
+    check_devices(cost.device, **{name: weights})
     return weights.to(cost.dtype).contiguous()
-
-
-def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """On the device of the others."""
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} as the others, got {tensor.device}")
 
 
 def check_ipot(beta: float, iters: int, inner: int, tol: float | None) -> None:

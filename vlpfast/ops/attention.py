@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlpfast import _ext
 from vlpfast.ops import _attention_op, _attention_peers, _attention_sdpa
+from vlpfast.ops._checks import check_devices
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops.reference import attention as reference
 
@@ -193,6 +194,10 @@ def _prepare(
         raise ValueError(f"attention: k must have {expected}, got {tuple(k.shape)}")
     if k.dtype != q.dtype:
         raise TypeError(f"attention: k must have the dtype of q {q.dtype}, got {k.dtype}")
+    check_devices(
+        q.device, prefix="attention: ", k=k, q_lens=q_lens, k_lens=k_lens, cu_q=cu_q, cu_k=cu_k,
+        kv_index=kv_index, bias=bias,
+    )  # fmt: skip
     _check_index("kv_index", kv_index, (rows,))
     if kv_index is not None and rows and _readable(kv_index):
         values = kv_index.numpy()
@@ -210,6 +215,7 @@ def _prepare(
         k_block = q_block if k_block is None else k_block
         _check_index("q_block", q_block, tuple(q.shape[:-2]))
         _check_index("k_block", k_block, tuple(k.shape[:-2]))
+        check_devices(q.device, prefix="attention: ", q_block=q_block, k_block=k_block)
     elif k_block is not None:
         raise ValueError("attention: k_block needs q_block, got None")
     max_q = _bound(q, cu_q, max_q, bias, -2)
@@ -295,6 +301,7 @@ def _check_like(name: str, x: Tensor, other: Tensor) -> None:
     _check_shape(name, x, tuple(other.shape))
     if x.dtype != other.dtype:
         raise TypeError(f"attention: {name} must be {other.dtype}, got {x.dtype}")
+    check_devices(other.device, prefix="attention: ", **{name: x})
 
 
 _OP = Op(

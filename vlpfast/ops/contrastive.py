@@ -14,6 +14,7 @@ from torch import Tensor
 from vlpfast import _ext
 from vlpfast.ops import _contrastive_autograd as chunked
 from vlpfast.ops import _contrastive_passes as back_ends
+from vlpfast.ops._checks import check_devices
 from vlpfast.ops._collectives import gather_rows, gather_sizes
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops.reference import contrastive as reference
@@ -183,6 +184,7 @@ def hinge_loss(
     """
     _check_pair(image, text)
     _check_ids(ids, image)
+    check_devices(image.device, ids=ids)
     dtype = _product_dtype(image, text)
     run = _HINGE.choose(impl, image.device, dtype=dtype)
     with torch.autocast(image.device.type, enabled=False):
@@ -320,6 +322,7 @@ def _check_pair(image: Tensor, text: Tensor) -> None:
         raise ValueError(
             f"image and text must have one shape, got {tuple(image.shape)} and {tuple(text.shape)}"
         )
+    check_devices(image.device, text=text)
 
 
 def _check_ids(ids: Tensor | None, image: Tensor) -> None:
@@ -345,6 +348,7 @@ def _check_keys(
             raise ValueError(
                 f"key_ids must be (K,) = ({keys.shape[0]},) for {name}, got {tuple(key_ids.shape)}"
             )
+    check_devices(image.device, image_keys=image_keys, text_keys=text_keys)
     if key_ids is not None and ids is None:
         raise ValueError("key_ids needs ids of the batch, got ids=None")
     if key_ids is not None and image_keys is None and text_keys is None:
@@ -363,3 +367,4 @@ def _check_teacher(teacher: tuple[Tensor, Tensor] | None, alpha: float, image: T
             raise ValueError(
                 f"{name} must have image's shape {tuple(image.shape)}, got {tuple(x.shape)}"
             )
+        check_devices(image.device, **{name: x})

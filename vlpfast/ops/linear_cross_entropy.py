@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlpfast import _ext
+from vlpfast.ops._checks import check_devices
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops._linear_cross_entropy_autograd import row_losses
 from vlpfast.ops._linear_cross_entropy_chunked import Head, Options
@@ -184,6 +185,7 @@ def _check(
             f" got {tuple(target.shape)}"
         )
     _check_weight("weight", weight, "bias", bias, hidden)
+    check_devices(hidden.device, target=target, weight=weight, bias=bias)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if reduction not in ("mean", "sum", "none"):
@@ -216,6 +218,8 @@ def _check_teacher(teacher: Teacher | None, alpha: float, target: Tensor, weight
             f"teacher[0] must be {(*target.shape, 'D_m')}, got {tuple(hidden_m.shape)}"
         )
     _check_weight("teacher[1]", weight_m, "teacher[2]", bias_m, hidden_m)
+    given = {f"teacher[{i}]": x for i, x in enumerate(teacher)}
+    check_devices(target.device, **given)
     if weight_m.shape[0] != weight.shape[0]:
         raise ValueError(
             f"teacher[1] must have weight's V={weight.shape[0]} rows, got {weight_m.shape[0]}"

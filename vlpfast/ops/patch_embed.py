@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from vlpfast import _ext
+from vlpfast.ops._checks import check_devices
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops._patch_embed_fused import fused, fused_rejects, product_dtype
 from vlpfast.ops.reference import patch_embed as reference
@@ -69,6 +70,14 @@ def patch_embed(
     _check("weight", weight, (dim, 3, patch_size, patch_size))
     _check("bias", bias, (dim,))
     _check("pos_embed", pos_embed, (num_patches, dim))
+    check_devices(
+        images.device,
+        prefix="patch_embed: ",
+        weight=weight,
+        bias=bias,
+        pos_embed=pos_embed,
+        ids=ids,
+    )
     if ids is not None:
         _check_ids(ids, images.shape[0], num_patches)
     if len(mean) != 3 or len(std) != 3:

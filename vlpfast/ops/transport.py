@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vlpfast.ops._checks import check_devices
 from vlpfast.ops._dispatch import Op
 from vlpfast.ops._transport_checks import (
     check_cost,
     check_count,
-    check_device,
     check_ipot,
     check_positive,
     checked_features,
@@ -272,7 +272,7 @@ def wra_loss(
         raise TypeError(f"matched must be bool, got {matched.dtype}")
     if matched.shape != text.shape[:1]:
         raise ValueError(f"matched must be (B,) = ({text.shape[0]},), got {tuple(matched.shape)}")
-    check_device("matched", matched, text.device)
+    check_devices(text.device, matched=matched)
     check_ipot(beta, iters, 1, None)
     if text.dtype == torch.float16:
         # Gradients written in the forward would underflow before they meet a loss scale.
