@@ -1,8 +1,9 @@
 """open_clip's loss classes with its own signatures, on `ops.contrastive_loss`.
 
-With several ranks every class follows one convention: after DDP's mean over ranks, the gradient of
-towers, scale and bias equals that of one process on the concatenated batch. open_clip's does so
-for `gather_with_grad=True` only; docs/integrations.md has the table of its four settings.
+With several ranks every contrastive loss follows one convention: after DDP's mean over ranks, the
+gradient of towers, scale and bias equals that of one process on the concatenated batch. open_clip's
+does so for `gather_with_grad=True` only; docs/integrations.md has the table of its four settings.
+CoCaLoss's caption loss is the rank's own, as open_clip's.
 """
 
 from __future__ import annotations
@@ -88,6 +89,10 @@ class ClipLoss(nn.Module):
 
 class CoCaLoss(ClipLoss):
     """Contrastive and captioning loss of CoCa; returns (contrastive_loss, caption_loss), weighted.
+
+    Over several ranks the contrastive loss is that of `ClipLoss`. The captioning loss is, as in
+    open_clip, the mean over this rank's own tokens: DDP's mean over ranks weighs ranks alike,
+    and differs from one process where ranks hold different numbers of tokens.
 
     Args:
         caption_loss_weight: factor of the captioning loss.
