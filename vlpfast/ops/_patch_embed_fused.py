@@ -122,7 +122,10 @@ def fused(
         backend, _with_whole_rows(images, layout), contiguous(weight), bias, contiguous(pos_embed),
         contiguous(ids), _Options(list(mean), list(std), layout == "hwc", bf16),
     )  # fmt: skip
-    return tokens.view(images.shape[0], -1 if ids is None else ids.shape[1], weight.shape[0])
+    height, width = images.shape[1:3] if layout == "hwc" else images.shape[2:4]
+    num_patches = (height // patch_size) * (width // patch_size)
+    num_kept = num_patches if ids is None else ids.shape[1]
+    return tokens.view(images.shape[0], num_kept, weight.shape[0])
 
 
 def _with_whole_rows(images: Tensor, layout: str) -> Tensor:

@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from vlpfast.ops._checks import check_devices
+from vlpfast.ops._checks import check_devices, check_integers
+
+# Sums that differ by less are taken to differ by rounding.
+_MASS_SLACK = 1e-3
 
 
 def checked_features(x_name: str, x: Tensor, y_name: str, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +73,36 @@ def checked_weights(
     return weights.to(cost.dtype).contiguous()
 
 
+def check_masses(a: Tensor, b: Tensor, coarsest: torch.dtype, *, balanced: bool) -> None:
+    """No negative weights; one sum on both sides of a balanced problem.
+
+    On a CPU alone: of a GPU nobody waits for the answer. A problem with one side all 0 is no
+    problem, and allowed.
+
+    Args:
+        a (B, M), b (B, N): as they are computed with.
+        coarsest: dtype in which they were given, whose rounding their sums show.
+        balanced: whether both marginals are enforced.
+    """
+    if a.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    a, b = a.detach(), b.detach()
+    for name, weights in (("a", a), ("b", b)):
+        if (weights < 0).any():
+            raise ValueError(f"{name} must be >= 0, got {weights.min().item()}")
+    if not balanced:
+        return
+    of_a, of_b = a.sum(1), b.sum(1)
+    slack = max(_MASS_SLACK, 8 * torch.finfo(coarsest).eps)
+    apart = ((of_a - of_b).abs() > slack * torch.maximum(of_a, of_b)) & (of_a > 0) & (of_b > 0)
+    if apart.any():
+        which = apart.nonzero()[0].item()
+        sums = f"{of_a[which].item():.6g} and {of_b[which].item():.6g} in problem {which}"
+        raise ValueError(
+            f"a and b must have one sum where tau_a, tau_b and dustbin are None, got {sums}"
+        )
+
+
 def check_ipot(beta: float, iters: int, inner: int, tol: float | None) -> None:
     """The options of `ops.ipot`."""
     check_positive("beta", beta)
@@ -88,6 +121,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_count(name: str, value: int) -> None:
-    """At least 1."""
+    """An int, at least 1."""
+    check_integers(**{name: value})
     if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")

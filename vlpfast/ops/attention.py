@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlpfast import _ext
 from vlpfast.ops import _attention_op, _attention_peers, _attention_sdpa
-from vlpfast.ops._checks import check_devices
+from vlpfast.ops._checks import check_devices, check_seed
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops.reference import attention as reference
 
@@ -94,6 +94,7 @@ def attention(
         raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p > 0 and seed is None:
         raise ValueError(f"attention: dropout_p={dropout_p} needs a seed")
+    check_seed(seed, prefix="attention: ")
     options = _prepare(
         q,
         k,

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlpfast import _ext
 from vlpfast.ops import _contrastive_autograd as chunked
 from vlpfast.ops import _contrastive_passes as back_ends
-from vlpfast.ops._checks import check_devices
+from vlpfast.ops._checks import check_devices, check_integers, check_seed
 from vlpfast.ops._collectives import gather_rows, gather_sizes
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops.reference import contrastive as reference
@@ -306,6 +306,8 @@ def _check_options(
         raise ValueError(f"kind must be 'softmax' or 'sigmoid', got {kind!r}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    check_integers(hard_negatives=hard_negatives)
+    check_seed(seed)
     if hard_negatives < 0:
         raise ValueError(f"hard_negatives must be >= 0, got {hard_negatives}")
     if hard_negatives > 0 and seed is None:
@@ -362,6 +364,8 @@ def _check_teacher(teacher: tuple[Tensor, Tensor] | None, alpha: float, image: T
         if alpha > 0:
             raise ValueError(f"alpha={alpha} needs a teacher, got None")
         return
+    if len(teacher) != 2:
+        raise ValueError(f"teacher must be (image, text), got {len(teacher)} entries")
     for name, x in zip(("teacher[0]", "teacher[1]"), teacher, strict=True):
         if x.shape != image.shape:
             raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlpfast import _ext
+from vlpfast.ops._checks import check_integers
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops.reference.keep_ids import keep_ids as _reference
 
@@ -128,6 +129,8 @@ def keep_ids(
     arXiv:2111.06377. Both sort noise; the order of the kept patches is theirs to choose, here it is
     that of the image.
     """
+    integers = {"num_samples": num_samples, "num_patches": num_patches, "num_keep": num_keep}
+    check_integers(prefix="keep_ids: ", **integers, seed=None if isinstance(seed, Tensor) else seed)
     if num_samples < 0:
         raise ValueError(f"keep_ids: num_samples must be >= 0, got {num_samples}")
     if not 1 <= num_patches <= _MAX_PATCHES:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from vlpfast import _ext
-from vlpfast.ops._checks import check_devices
+from vlpfast.ops._checks import check_devices, check_integers
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops._linear_cross_entropy_autograd import row_losses
 from vlpfast.ops._linear_cross_entropy_chunked import Head, Options
 from vlpfast.ops.reference import linear_cross_entropy as reference
 
-Teacher = tuple[Tensor, Tensor, Tensor | None]
+Teacher = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
 
 def _reference(
@@ -121,6 +121,7 @@ def linear_cross_entropy(
         ignore_index: rows with this target have loss 0 and are not counted.
         label_smoothing: in [0, 1).
         teacher: (hidden_m (..., D_m), weight_m (V, D_m), bias_m (V,) or None), not differentiated.
+            The bias may be left out.
         alpha: the teacher's share in [0, 1].
         reduction: "mean" over rows that are not ignored, "sum", or "none".
         max_rows: upper bound, known on the host, of the number of rows that are not ignored. Work
@@ -139,7 +140,10 @@ def linear_cross_entropy(
         from the paper's KL by a constant); smoothing as torch.nn.functional.cross_entropy.
     """
     _check(hidden, weight, target, bias, label_smoothing, reduction)
+    if teacher is not None and len(teacher) == 2:
+        teacher = (*teacher, None)
     _check_teacher(teacher, alpha, target, weight)
+    check_integers(max_rows=max_rows)
     if max_rows is not None and max_rows < 0:
         raise ValueError(f"max_rows must be >= 0, got {max_rows}")
     dtypes = {torch.promote_types(hidden.dtype, weight.dtype)}
@@ -212,6 +216,9 @@ def _check_teacher(teacher: Teacher | None, alpha: float, target: Tensor, weight
         if alpha > 0:
             raise ValueError(f"alpha={alpha} needs a teacher, got None")
         return
+    if len(teacher) != 3:
+        expected = "(hidden_m, weight_m) or (hidden_m, weight_m, bias_m)"
+        raise ValueError(f"teacher must be {expected}, got {len(teacher)} entries")
     hidden_m, weight_m, bias_m = teacher
     if hidden_m.shape[:-1] != target.shape:
         raise ValueError(

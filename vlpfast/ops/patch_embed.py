@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from vlpfast import _ext
-from vlpfast.ops._checks import check_devices
+from vlpfast.ops._checks import check_devices, check_integers
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops._patch_embed_fused import fused, fused_rejects, product_dtype
 from vlpfast.ops.reference import patch_embed as reference
@@ -65,6 +65,10 @@ def patch_embed(
     Source: Dosovitskiy et al. 2021 (ViT), eq. 1, arXiv:2010.11929; dropped patches: Li et al. 2023
         (FLIP), section 3, arXiv:2212.00794.
     """
+    check_integers(prefix="patch_embed: ", patch_size=patch_size)
+    if ids is not None and not isinstance(ids, Tensor):
+        got = type(ids).__name__
+        raise TypeError(f"patch_embed: ids must be a tensor (keep_ids(...).ids), got {got}")
     num_patches = _check_images(images, patch_size, layout)
     dim = weight.shape[0]
     _check("weight", weight, (dim, 3, patch_size, patch_size))
@@ -108,6 +112,8 @@ def _check_images(images: Tensor, patch_size: int, layout: str) -> int:
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"patch_embed: images must be uint8 or floating, got {images.dtype}")
     height, width = images.shape[1:3] if layout == "hwc" else images.shape[2:4]
+    if patch_size < 1:
+        raise ValueError(f"patch_embed: patch_size must be >= 1, got {patch_size}")
     if height % patch_size or width % patch_size:
         raise ValueError(f"patch_embed: patch_size {patch_size} must divide images, got {got}")
     return (height // patch_size) * (width // patch_size)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlpfast import _ext
-from vlpfast.ops._checks import check_devices
+from vlpfast.ops._checks import check_devices, check_seed
 from vlpfast.ops._dispatch import Implementation, Op
 from vlpfast.ops._once import once_differentiable
 from vlpfast.ops._rows import fused_rejects, seed_tensor, wide
@@ -109,6 +109,7 @@ def check_rows(
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p > 0 and seed is None:
         raise ValueError(f"{op}: dropout_p={dropout_p} needs a seed")
+    check_seed(seed, prefix=f"{op}: ")
 
 
 torch.library.define(

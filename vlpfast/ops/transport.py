@@ -18,6 +18,7 @@ from vlpfast.ops._transport_checks import (
     check_cost,
     check_count,
     check_ipot,
+    check_masses,
     check_positive,
     checked_features,
     checked_mask,
@@ -208,14 +209,19 @@ def sinkhorn(
     """
     check_cost(cost)
     cost = computed(cost)
+    given = [x.dtype for x in (a, b) if x is not None]
     default = (1, 1) if dustbin is not None else [1 / max(1, n) for n in cost.shape[1:]]
     a = checked_weights("a", a, cost, 1, default[0])
     b = checked_weights("b", b, cost, 2, default[1])
     check_positive("eps", eps)
     check_count("iters", iters)
-    for name, given in (("tol", tol), ("tau_a", tau_a), ("tau_b", tau_b)):
-        if given is not None:
-            check_positive(name, given)
+    for name, option in (("tol", tol), ("tau_a", tau_a), ("tau_b", tau_b)):
+        if option is not None:
+            check_positive(name, option)
+    if given:
+        coarsest = max(given, key=lambda dtype: torch.finfo(dtype).eps)
+        balanced = tau_a is None and tau_b is None and dustbin is None
+        check_masses(a, b, coarsest, balanced=balanced)
     if dustbin is not None:
         cost, a, b = _with_dustbin(cost, a, b, dustbin)
     if f is not None:
